@@ -1,0 +1,3 @@
+"""omni: from multi-camera driving video to a fine-tuned, merged, exported, measured model."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,214 @@
+"""Strict settings from layers of TOML, where every value remembers which layer set it.
+
+A schema is a frozen pydantic model. Layers are merged key by key, later ones winning:
+recipe defaults < profile < `--config run.toml` < `--set key=value`. A wrong key, type or value names the layer, the
+dotted key, what was found, what was expected, and the nearest right spelling.
+"""
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import tomli
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from omni_cli.errors import UsageError
+
+MAX_TOML_BYTES = 1 << 20
+DEFAULT_ORIGIN = "default"
+
+
+class Settings(BaseModel):
+    """Base of every schema: frozen, strictly typed, no unknown keys, no NaN."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+S = TypeVar("S", bound=Settings)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One table of settings and the name of where it came from."""
+
+    origin: str
+    table: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Resolved(Generic[S]):
+    """Validated settings, and the origin of every dotted key that a layer set."""
+
+    value: S
+    origins: Mapping[str, str]
+
+    def origin_of(self, key: str) -> str:
+        """Return which layer set a dotted key."""
+        return self.origins.get(key, DEFAULT_ORIGIN)
+
+
+def read_layer(path: Path) -> Layer:
+    """Read one TOML file.
+
+    Raises:
+        UsageError: the file is missing, too large, or not TOML.
+    """
+    try:
+        if path.stat().st_size > MAX_TOML_BYTES:
+            raise UsageError(f"{path}: larger than {MAX_TOML_BYTES} bytes; a config file is a short TOML file")
+        return Layer(str(path), tomli.loads(path.read_text()))
+    except FileNotFoundError:
+        raise UsageError(f"no config file {path}; give the path of a TOML file") from None
+    except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not valid TOML: {error}") from error
+
+
+def override_layer(assignments: Sequence[str]) -> Layer:
+    """Turn `--set a.b=1` arguments into a layer; the right side is TOML, or else plain text.
+
+    Raises:
+        UsageError: an argument has no `=`.
+    """
+    table: dict[str, Any] = {}
+    for text in assignments:
+        key, equals, raw = text.partition("=")
+        if not equals or not key.strip():
+            raise UsageError(f"--set {text}: expected KEY=VALUE, for example --set train.learning_rate=1e-4")
+        try:
+            value = tomli.loads(f"value = {raw}")["value"]
+        except tomli.TOMLDecodeError:
+            value = raw
+        _assign(table, key.strip().split("."), value)
+    return Layer("--set", table)
+
+
+def resolve(schema: type[S], layers: Sequence[Layer]) -> Resolved[S]:
+    """Merge the layers and validate the result.
+
+    Raises:
+        UsageError: the first wrong key or value, in one line.
+    """
+    merged: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for layer in layers:
+        for path, value in _leaves(layer.table, schema):
+            _assign(merged, path, value)
+            origins[".".join(path)] = layer.origin
+    try:
+        return Resolved(schema.model_validate(_lists_to_tuples(merged)), origins)
+    except ValidationError as error:
+        raise UsageError(_explain(schema, error.errors()[0], origins)) from None
+
+
+def dump_toml(settings: Settings) -> str:
+    """Write settings as TOML that `resolve` reads back to an equal value; unset optionals are left out."""
+    return "\n".join(_toml_lines(settings.model_dump(mode="json", exclude_none=True), prefix=""))
+
+
+def differences(old: Settings, new: Settings) -> list[str]:
+    """Return `key: old -> new` for every dotted key that differs."""
+    before, after = dict(_flat(old.model_dump(mode="json"))), dict(_flat(new.model_dump(mode="json")))
+    keys = sorted(before.keys() | after.keys())
+    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
+
+
+def nearest(word: str, known: typing.Iterable[str]) -> str:
+    """Return ` Did you mean 'x'?`, or the list of what is known where nothing is near."""
+    options = sorted(known)
+    close = difflib.get_close_matches(word, options, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(options)}"
+
+
+def _assign(table: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    for name in path[:-1]:
+        inner = table.setdefault(name, {})
+        if not isinstance(inner, dict):
+            inner = table[name] = {}
+        table = inner
+    table[path[-1]] = value
+
+
+def _leaves(
+    table: Mapping[str, Any], schema: Any, prefix: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, schema, (*prefix, key))
+        else:
+            yield (*prefix, key), value
+
+
+def _lists_to_tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _lists_to_tuples(item) for key, item in value.items()}
+    return tuple(_lists_to_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _toml_lines(table: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    for key, value in table.items():
+        if not isinstance(value, Mapping):
+            yield f"{key} = {_toml_value(value)}"
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield f"\n[{prefix}{key}]"
+            yield from _toml_lines(value, f"{prefix}{key}.")
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
+        return f'"{escaped}"'
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    return repr(value)
+
+
+def _explain(schema: type[Settings], error: ErrorDetails, origins: Mapping[str, str]) -> str:
+    names = [str(part) for part in error["loc"]]
+    key = ".".join(names)
+    origin = next((origins[k] for k in (key, *_parents(names), *origins) if k in origins and _related(k, key)), "")
+    where = f"{origin}: " if origin else ""
+    if error["type"] == "extra_forbidden":
+        return f"{where}unknown key {key}; {nearest(names[-1], _fields(schema, names[:-1]))}"
+    if error["type"] == "missing":
+        return f"{where}{key} is required and no layer sets it; add it to the profile or give --set {key}=VALUE"
+    found = "" if isinstance(error["input"], dict) else f" = {error['input']!r}"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{where}{key}{found}: {message[:1].lower()}{message[1:]}"
+
+
+def _parents(names: Sequence[str]) -> list[str]:
+    return [".".join(names[:end]) for end in range(len(names) - 1, 0, -1)]
+
+
+def _related(candidate: str, key: str) -> bool:
+    return candidate == key or candidate.startswith(f"{key}.") or key.startswith(f"{candidate}.")
+
+
+def _fields(schema: type[Settings], path: Sequence[str]) -> list[str]:
+    """Return the field names of the table at `path` of a schema."""
+    current: Any = schema
+    for name in path:
+        current = _table_type(current.model_fields[name].annotation)
+    return list(current.model_fields)
+
+
+def _table_type(annotation: Any) -> Any:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return next(a for a in typing.get_args(annotation) if isinstance(a, type) and issubclass(a, BaseModel))
+    return annotation

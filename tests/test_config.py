@@ -1,0 +1,82 @@
+"""Settings: layers win in order, and a mistake is one line that says what would be right."""
+
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import tomli
+from hypothesis import given
+from hypothesis import strategies as st
+
+from omni_cli.config import Layer, Settings, differences, dump_toml, override_layer, read_layer, resolve
+from omni_cli.errors import UsageError
+
+
+class Lora(Settings):
+    rank: int = 8
+    targets: tuple[str, ...] = ("q_proj",)
+
+
+class Train(Settings):
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    learning_rate: float = 1e-4
+    lora: Lora = Lora()
+    note: str | None = None
+
+
+def test_later_layers_win_and_origins_are_kept():
+    layers = [
+        Layer("p.toml", {"learning_rate": 1e-3, "lora": {"rank": 4}}),
+        override_layer(["lora.rank=16", "dtype=float32"]),
+    ]
+    found = resolve(Train, layers)
+    assert found.value == Train(dtype="float32", learning_rate=1e-3, lora=Lora(rank=16))
+    assert found.origin_of("lora.rank") == "--set"
+    assert found.origin_of("learning_rate") == "p.toml"
+    assert found.origin_of("note") == "default"
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("lora.rnak=4", "--set: unknown key lora.rnak; did you mean 'rank'?"),
+        ("zzz=4", "--set: unknown key zzz; known: dtype, learning_rate, lora, note"),
+        ("lora.rank=four", "--set: lora.rank = 'four': input should be a valid integer"),
+        ("lora.rank=4.5", "--set: lora.rank = 4.5: input should be a valid integer"),
+        ("dtype=fp8", "--set: dtype = 'fp8': input should be 'bfloat16' or 'float32'"),
+        ("learning_rate=nan", "--set: learning_rate = nan: input should be a finite number"),
+        ("lora=3", "--set: lora = 3: input should be a valid dictionary"),
+        ("lora.rank", "--set lora.rank: expected KEY=VALUE"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(assignment, message):
+    with pytest.raises(UsageError) as caught:
+        resolve(Train, [override_layer([assignment])])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_bad_file_is_named(tmp_path: Path):
+    path = tmp_path / "run.toml"
+    with pytest.raises(UsageError, match="no config file"):
+        read_layer(path)
+    path.write_text("a = = 1")
+    with pytest.raises(UsageError, match=r"run\.toml: not valid TOML"):
+        read_layer(path)
+    path.write_text("#" * (2 << 20))
+    with pytest.raises(UsageError, match="larger than"):
+        read_layer(path)
+
+
+@given(
+    st.text(st.characters(exclude_categories=["Cs", "Cc"])),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.integers(1, 99),
+)
+def test_dumped_settings_read_back_equal(note, rate, rank):
+    settings = Train(note=note, learning_rate=rate, lora=Lora(rank=rank, targets=("a", "b")))
+    assert resolve(Train, [Layer("x", tomli.loads(dump_toml(settings)))]).value == settings
+
+
+def test_differences_name_the_keys():
+    assert differences(Train(), Train(lora=Lora(rank=9))) == ["lora.rank: 8 -> 9"]

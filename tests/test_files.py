@@ -1,0 +1,67 @@
+"""Nothing half-written is ever taken for done."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from omni_cli.files import (
+    TEMPORARY_MARK,
+    atomic_write,
+    canonical_json,
+    commit,
+    receipt_path,
+    remove_leftovers,
+    verified_receipt,
+    write_bytes,
+)
+
+
+def test_a_failed_write_leaves_the_old_content_and_no_temporary(tmp_path):
+    path = tmp_path / "a"
+    write_bytes(path, b"old")
+    with pytest.raises(TypeError, match="bytes-like"), atomic_write(path) as stream:
+        stream.write([b"new", None])
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "append", "delete", "no receipt", "torn receipt"])
+def test_only_an_intact_artefact_with_its_receipt_is_done(tmp_path, damage):
+    path = tmp_path / "shard.arrow"
+    commit(path, lambda stream: stream.write(b"x" * 100), rows=7)
+    assert verified_receipt(path, expect={"rows": 7})
+    assert not verified_receipt(path, expect={"rows": 8})
+    content = path.read_bytes()
+    match damage:
+        case "flip":
+            path.write_bytes(content[:50] + bytes([content[50] ^ 1]) + content[51:])
+        case "truncate":
+            path.write_bytes(content[:-1])
+        case "append":
+            path.write_bytes(content + b"x")
+        case "delete":
+            path.unlink()
+        case "no receipt":
+            receipt_path(path).unlink()
+        case "torn receipt":
+            receipt_path(path).write_text(receipt_path(path).read_text()[:20])
+    assert verified_receipt(path) is None
+
+
+def test_leftovers_of_dead_processes_go_and_those_of_the_living_stay(tmp_path):
+    script = [sys.executable, "-c", "import os; print(os.getpid())"]
+    dead = subprocess.run(script, capture_output=True, text=True, check=True)
+    gone = tmp_path / f"a{TEMPORARY_MARK}{dead.stdout.strip()}-00"
+    kept = tmp_path / f"a{TEMPORARY_MARK}{os.getpid()}-00"
+    gone.touch()
+    kept.touch()
+    remove_leftovers(tmp_path)
+    assert (gone.exists(), kept.exists()) == (False, True)
+
+
+def test_canonical_json_is_one_spelling():
+    assert canonical_json({"b": 1, "a": [1.5, "é"]}) == '{"a":[1.5,"é"],"b":1}'
+    with pytest.raises(ValueError, match="Out of range"):
+        canonical_json(float("nan"))
