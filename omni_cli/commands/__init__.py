@@ -1,0 +1,1 @@
+"""Typer and nothing else: parse, one call into a stage, print."""

@@ -1,0 +1,126 @@
+"""The PhysicalAI-Autonomous-Vehicles repository: names, templates and columns.
+
+Source: NVIDIA's `physical_ai_av` devkit 0.2.3 and the dataset card. Times are integer microseconds relative to the
+start of the clip; lengths are metres; quaternions are (x, y, z, w).
+"""
+
+import json
+from dataclasses import dataclass
+
+REPOSITORY = "nvidia/PhysicalAI-Autonomous-Vehicles"
+LICENCE = "NVIDIA Autonomous Vehicle Dataset License Agreement"
+
+CAMERAS = (
+    "camera_cross_left_120fov",
+    "camera_cross_right_120fov",
+    "camera_front_tele_30fov",
+    "camera_front_wide_120fov",
+    "camera_rear_left_70fov",
+    "camera_rear_right_70fov",
+    "camera_rear_tele_30fov",
+)
+# Camera sets in the row-major order of their tiles.
+CAMERA_SETS = {
+    "1-cam": ("camera_front_wide_120fov",),
+    "4-cam": (
+        "camera_front_wide_120fov",
+        "camera_front_tele_30fov",
+        "camera_rear_left_70fov",
+        "camera_rear_right_70fov",
+    ),
+    "7-cam": (
+        "camera_front_wide_120fov",
+        "camera_front_tele_30fov",
+        "camera_cross_left_120fov",
+        "camera_cross_right_120fov",
+        "camera_rear_left_70fov",
+        "camera_rear_right_70fov",
+        "camera_rear_tele_30fov",
+    ),
+}
+_LABELS = ("egomotion", "egomotion.offline", "obstacle.offline")
+_CALIBRATIONS = (
+    "camera_intrinsics",
+    "camera_intrinsics.offline",
+    "lidar_intrinsics.offline",
+    "sensor_extrinsics",
+    "sensor_extrinsics.offline",
+    "vehicle_dimensions",
+)
+_LIDARS = ("lidar_top_360fov",)
+_RADARS = (
+    *(f"radar_corner_{corner}_srr_{kind}" for corner in ("front_left", "front_right") for kind in (0, 3)),
+    *(f"radar_corner_{corner}_srr_{kind}" for corner in ("rear_left", "rear_right") for kind in (0, 3)),
+    *("radar_front_center_imaging_lrr_1", "radar_front_center_mrr_2", "radar_front_center_srr_0"),
+    *("radar_rear_left_mrr_2", "radar_rear_left_srr_0", "radar_rear_right_mrr_2", "radar_rear_right_srr_0"),
+    *(f"radar_side_{side}_srr_{kind}" for side in ("left", "right") for kind in (0, 3)),
+)
+
+FEATURES_FILE = "features.csv"
+CLIP_INDEX_FILE = "clip_index.parquet"
+PRESENCE_FILE = "metadata/feature_presence.parquet"
+LEGACY_PRESENCE_FILE = "metadata/sensor_presence.parquet"
+COLLECTION_FILE = "metadata/data_collection.parquet"
+REASONING_FILE = "reasoning/ood_reasoning.parquet"
+
+EGOMOTION_COLUMNS = (
+    "timestamp",
+    "qx",
+    "qy",
+    "qz",
+    "qw",
+    "x",
+    "y",
+    "z",
+    "vx",
+    "vy",
+    "vz",
+    "ax",
+    "ay",
+    "az",
+    "curvature",
+)
+EXTRINSIC_COLUMNS = ("qx", "qy", "qz", "qw", "x", "y", "z")  # rig_T_sensor, indexed by (clip_id, sensor_name)
+INTRINSIC_COLUMNS = (  # indexed by (clip_id, camera_name); theta = bw_poly(r px), r px = fw_poly(theta rad)
+    *("width", "height", "cx", "cy"),
+    *(f"bw_poly_{i}" for i in range(5)),
+    *(f"fw_poly_{i}" for i in range(5)),
+)
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One row of features.csv. Member names belong to clips inside a chunk's zip; none for a parquet table."""
+
+    name: str
+    directory: str
+    suffix: str  # zip or parquet
+    members: tuple[tuple[str, str], ...]  # (alias, file name after the clip id)
+
+    def chunk_path(self, chunk: int) -> str:
+        """Return the repository path of one chunk."""
+        return f"{self.directory}/{self.name}/{self.name}.chunk_{chunk:04d}.{self.suffix}"
+
+    def member(self, clip_id: str, alias: str) -> str:
+        """Return the name of one of a clip's members."""
+        return f"{clip_id}.{dict(self.members)[alias]}"
+
+    def csv_row(self) -> tuple[str, str, str, str]:
+        """Return the row of features.csv, with its literal `{chunk_id:04d}` and `{clip_id}` templates."""
+        path = f"{self.directory}/{self.name}/{self.name}.chunk_{{chunk_id:04d}}.{self.suffix}"
+        names = {alias: f"{{clip_id}}.{file}" for alias, file in self.members}
+        return self.name, self.directory, path, json.dumps(names) if names else ""
+
+
+def _features() -> tuple[Feature, ...]:
+    camera = (("video", "mp4"), ("frame_timestamps", "timestamps.parquet"), ("blurred_boxes", "blurred_boxes.parquet"))
+    return (
+        *(Feature(n, "labels", "zip", ((n, f"{n}.parquet"),)) for n in _LABELS),
+        *(Feature(n, "calibration", "parquet", ()) for n in _CALIBRATIONS),
+        *(Feature(n, "camera", "zip", tuple((alias, f"{n}.{end}") for alias, end in camera)) for n in CAMERAS),
+        *(Feature(n, "lidar", "zip", (("pointclouds", f"{n}.parquet"),)) for n in _LIDARS),
+        *(Feature(n, "radar", "zip", (("scans", f"{n}.parquet"),)) for n in _RADARS),
+    )
+
+
+FEATURES: dict[str, Feature] = {feature.name: feature for feature in _features()}

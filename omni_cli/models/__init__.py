@@ -1,0 +1,1 @@
+"""Networks. Torch only: they take plain values and know no settings tree."""

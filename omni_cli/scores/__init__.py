@@ -1,0 +1,1 @@
+"""Metrics, baselines and intervals: pure functions of predictions and truth."""
