@@ -5,7 +5,13 @@ start of the clip; lengths are metres; quaternions are (x, y, z, w).
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.polynomial.polynomial import polyval
+
+from omni_cli.scene.cameras import FTheta
 
 REPOSITORY = "nvidia/PhysicalAI-Autonomous-Vehicles"
 LICENCE = "NVIDIA Autonomous Vehicle Dataset License Agreement"
@@ -38,6 +44,14 @@ CAMERA_SETS = {
         "camera_rear_tele_30fov",
     ),
 }
+
+
+def expand_cameras(text: str) -> tuple[str, ...]:
+    """Return the names in a comma list of cameras and camera sets; each once, in order."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    return tuple(dict.fromkeys(name for word in words for name in CAMERA_SETS.get(word, (word,))))
+
+
 _LABELS = ("egomotion", "egomotion.offline", "obstacle.offline")
 _CALIBRATIONS = (
     "camera_intrinsics",
@@ -61,6 +75,7 @@ CLIP_INDEX_FILE = "clip_index.parquet"
 PRESENCE_FILE = "metadata/feature_presence.parquet"
 LEGACY_PRESENCE_FILE = "metadata/sensor_presence.parquet"
 COLLECTION_FILE = "metadata/data_collection.parquet"
+REVISION_FILE = "revision.json"  # ours, not the hub's: repository, revision and licence of what a folder holds
 REASONING_FILE = "reasoning/ood_reasoning.parquet"
 
 EGOMOTION_COLUMNS = (
@@ -124,3 +139,16 @@ def _features() -> tuple[Feature, ...]:
 
 
 FEATURES: dict[str, Feature] = {feature.name: feature for feature in _features()}
+
+
+def camera_model(row: Mapping[str, float]) -> FTheta:
+    """Return the camera that a row of camera_intrinsics describes.
+
+    The table states no maximal angle, so it is the one at the corner of the image that is farthest from the principal
+    point: what the polynomials were fitted for.
+    """
+    width, height, cx, cy = (row[name] for name in INTRINSIC_COLUMNS[:4])
+    backward = tuple(row[f"bw_poly_{i}"] for i in range(5))
+    forward = tuple(row[f"fw_poly_{i}"] for i in range(5))
+    corner_px = np.hypot(max(cx + 0.5, width - 0.5 - cx), max(cy + 0.5, height - 0.5 - cy))
+    return FTheta(round(width), round(height), cx, cy, forward, backward, float(polyval(corner_px, backward)))

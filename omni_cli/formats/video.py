@@ -82,6 +82,21 @@ def decode(
         yield from _decode_pyav(video, name, indices, width_px, height_px)
 
 
+def decode_only(video: bytes, name: str) -> int:
+    """Decode every frame in one thread and keep none; return how many: what the codec alone costs.
+
+    Raises:
+        DataError: the video is damaged.
+    """
+    try:
+        with _open(video) as container:
+            stream = _video_stream(container, name)
+            stream.thread_type = "NONE"
+            return sum(1 for _ in container.decode(stream))
+    except av.FFmpegError as error:
+        raise DataError(f"{name}: decoding failed ({error.strerror}); check the file or fetch it again") from None
+
+
 def decoder_id(decoder: Decoder) -> str:
     """Return the name and version of the library that decodes: part of a shard's identity."""
     libraries = av.library_versions["libavcodec"], av.library_versions["libswscale"]
