@@ -1,0 +1,238 @@
+"""PhysicalAI-Autonomous-Vehicles, and the synthetic world, which is written in the same layout.
+
+The folder given may be the repository's layout itself, a hub cache, the repository's folder in one, or a snapshot; it
+may hold any part of the dataset. Only recordings of which a camera's chunk file is on disk are listed.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from omni_cli import files
+from omni_cli.errors import DataError
+from omni_cli.formats import physical_ai_av as layout
+from omni_cli.scene.cameras import Calibration
+from omni_cli.scene.poses import EgoMotion, Pose
+from omni_cli.scene.recording import CameraStream, Recording
+from omni_cli.sources import RecordingRef
+from omni_cli.sources.parquet_tables import numbers, read_table, timestamps
+from omni_cli.sources.zip_members import ZipDirectory, read_directory
+
+SOURCE = "physical_ai_av"
+_REVISION = re.compile(r"[0-9a-f]{40}")
+_SPLIT_FILE = "splits/default.parquet"  # where it exists it overrides the clip index
+_EGO_MARGIN_US = 7_000_000  # the log may run for minutes; the longest published horizon is 6.4 s
+_MAX_NORM_ERROR = 1e-3
+_Rows = Mapping[tuple[str, str], Mapping[str, float]]  # (clip id, sensor) -> row
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One row of the clip index."""
+
+    chunk: int
+    split: str
+
+
+class PhysicalAiAv:
+    """Reads one folder. Directories of chunk files and calibration tables are kept once read; it can be pickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self._directories: dict[Path, ZipDirectory] = {}
+        self._calibrations: dict[Path, _Rows] = {}
+
+    @cached_property
+    def root(self) -> Path:
+        """The folder that holds clip_index.parquet.
+
+        Raises:
+            DataError: there is none, or several.
+        """
+        return find_root(self.folder)
+
+    @cached_property
+    def revision(self) -> str:
+        """The dataset's revision, or `unknown`."""
+        if _REVISION.fullmatch(self.root.name):
+            return self.root.name
+        return self._pinned.get("revision", "unknown")
+
+    def recordings(self) -> tuple[RecordingRef, ...]:
+        """Return every recording of which a camera is on disk, sorted by chunk and id.
+
+        Raises:
+            DataError: the folder is not this layout, its index is damaged, or no camera's chunk file is there.
+        """
+        listed = {entry.chunk for entry in self._index.values()}
+        on_disk = {chunk for chunk in listed if any(self._chunk_file(name, chunk).is_file() for name in layout.CAMERAS)}
+        if not on_disk:
+            raise DataError(f"{self.root}: no camera's chunk files among {len(listed)} chunks of the clip index; "
+                            "run omni fetch")  # fmt: skip
+        refs = [
+            RecordingRef(id=clip_id, group=clip_id, bundle=f"chunk_{entry.chunk:04d}", declared_split=entry.split)
+            for clip_id, entry in self._index.items()
+            if entry.chunk in on_disk
+        ]
+        return tuple(sorted(refs, key=lambda ref: (ref.bundle, ref.id)))
+
+    def open(self, recording_id: str, cameras: tuple[str, ...] | None = None) -> Recording:
+        """Open one recording.
+
+        Raises:
+            DataError: the clip is unknown, or a file, member or value is missing or wrong.
+        """
+        if recording_id not in self._index:
+            raise DataError(
+                f"{self.root}: no clip {recording_id} in {layout.CLIP_INDEX_FILE}; check the id, or fetch it"
+            )
+        chunk = self._index[recording_id].chunk
+        names = self._cameras_of(recording_id, chunk) if cameras is None else cameras
+        streams = {name: self._camera(recording_id, chunk, name) for name in names}
+        if not streams:
+            raise DataError(f"{self.root}: no camera of clip {recording_id} is on disk; fetch chunk {chunk}")
+        spans = [(int(s.timestamp_us[0]), int(s.timestamp_us[-1])) for s in streams.values()]
+        first, last = min(span[0] for span in spans), max(span[1] for span in spans)
+        return Recording(
+            id=recording_id,
+            source=SOURCE,
+            cameras=streams,
+            ego=self._ego(recording_id, chunk).between(first - _EGO_MARGIN_US, last + _EGO_MARGIN_US),
+            group=recording_id,  # the dataset does not say which clips are of one drive
+            provenance=self._provenance(chunk, names),
+        )
+
+    @cached_property
+    def _pinned(self) -> Mapping[str, str]:
+        """What `omni fetch` and the synthetic world write of a folder's origin."""
+        path = self.root / layout.REVISION_FILE
+        return files.read_json(path) if path.is_file() else {}
+
+    @cached_property
+    def _index(self) -> dict[str, _Entry]:
+        path = self.root / layout.CLIP_INDEX_FILE
+        table = read_table(path, str(path), ("clip_id", "clip_is_valid", "chunk", "split")).to_pydict()
+        rows = zip(*(table[name] for name in ("clip_id", "clip_is_valid", "chunk", "split")), strict=True)
+        entries = {str(clip): _Entry(int(chunk), str(split)) for clip, valid, chunk, split in rows if valid}
+        splits = self.root / _SPLIT_FILE
+        if splits.is_file():
+            labels = read_table(splits, str(splits), ("clip_id", "split")).to_pydict()
+            override = dict(zip(labels["clip_id"], labels["split"], strict=True))
+            entries = {clip: _Entry(entry.chunk, override.get(clip) or "") for clip, entry in entries.items()}
+        return entries
+
+    def _chunk_file(self, feature: str, chunk: int) -> Path:
+        return self.root / layout.FEATURES[feature].chunk_path(chunk)
+
+    def _directory(self, feature: str, chunk: int) -> ZipDirectory:
+        path = self._chunk_file(feature, chunk)
+        if path not in self._directories:
+            self._directories[path] = read_directory(path)
+        return self._directories[path]
+
+    def _cameras_of(self, clip_id: str, chunk: int) -> tuple[str, ...]:
+        there = [name for name in layout.CAMERAS if self._chunk_file(name, chunk).is_file()]
+        video = {name: layout.FEATURES[name].member(clip_id, "video") for name in there}
+        return tuple(name for name in there if video[name] in self._directory(name, chunk).headers)
+
+    def _camera(self, clip_id: str, chunk: int, camera: str) -> CameraStream:
+        if camera not in layout.CAMERAS:
+            raise DataError(f"no camera {camera!r} in this dataset; known: {', '.join(layout.CAMERAS)}")
+        directory, feature = self._directory(camera, chunk), layout.FEATURES[camera]
+        member = feature.member(clip_id, "frame_timestamps")
+        name = f"{directory.path}: {member}"
+        table = read_table(directory.read(member), name, ("timestamp",))
+        video = directory.locate(feature.member(clip_id, "video"))
+        times = timestamps(table, "timestamp", name)
+        return CameraStream(camera, video, times, self._calibration(clip_id, chunk, camera))
+
+    def _ego(self, clip_id: str, chunk: int) -> EgoMotion:
+        directory = self._directory("egomotion", chunk)
+        member = layout.FEATURES["egomotion"].member(clip_id, "egomotion")
+        return read_egomotion(directory.read(member), f"{directory.path}: {member}")
+
+    def _calibration(self, clip_id: str, chunk: int, camera: str) -> Calibration | None:
+        """Return the calibration, or None where its tables were not fetched."""
+        paths = [self._chunk_file(feature, chunk) for feature in ("camera_intrinsics", "sensor_extrinsics")]
+        if not all(path.is_file() for path in paths):
+            return None
+        intrinsics = self._rows(paths[0], "camera_name", layout.INTRINSIC_COLUMNS)
+        extrinsics = self._rows(paths[1], "sensor_name", layout.EXTRINSIC_COLUMNS)
+        for path, rows in zip(paths, (intrinsics, extrinsics), strict=True):
+            if (clip_id, camera) not in rows:
+                raise DataError(f"{path}: no row for {camera} of clip {clip_id}; fetch this chunk again")
+        pose = extrinsics[clip_id, camera]
+        rotation = Rotation.from_quat([pose[name] for name in ("qx", "qy", "qz", "qw")])
+        rig_T_camera = Pose(rotation, np.array([pose[name] for name in ("x", "y", "z")]))
+        return Calibration(layout.camera_model(intrinsics[clip_id, camera]), rig_T_camera)
+
+    def _rows(self, path: Path, sensor_key: str, columns: tuple[str, ...]) -> _Rows:
+        if path not in self._calibrations:
+            table = read_table(path, str(path), ("clip_id", sensor_key, *columns))
+            keys = zip(table.column("clip_id").to_pylist(), table.column(sensor_key).to_pylist(), strict=True)
+            values = numbers(table, columns, str(path)).tolist()
+            rows = (dict(zip(columns, row, strict=True)) for row in values)
+            self._calibrations[path] = dict(zip(keys, rows, strict=True))
+        return self._calibrations[path]
+
+    def _provenance(self, chunk: int, cameras: tuple[str, ...]) -> dict[str, str]:
+        facts = {"revision": self.revision, "licence": self._pinned.get("licence", layout.LICENCE)}
+        for feature in ("egomotion", *cameras):
+            receipt = files.read_receipt(self._chunk_file(feature, chunk))
+            if receipt is not None:
+                facts[f"sha256 of {layout.FEATURES[feature].chunk_path(chunk)}"] = str(receipt.get("sha256"))
+        return facts
+
+
+def find_root(folder: Path) -> Path:
+    """Return the folder in the repository's layout: the one given, or the snapshot in the hub cache given.
+
+    Raises:
+        DataError: there is none, or there are several and no `refs/main` says which.
+    """
+    if (folder / layout.CLIP_INDEX_FILE).is_file():
+        return folder
+    cached = folder / f"datasets--{layout.REPOSITORY.replace('/', '--')}"
+    repository = cached if cached.is_dir() else folder
+    snapshots = sorted(p.parent for p in (repository / "snapshots").glob(f"*/{layout.CLIP_INDEX_FILE}"))
+    main = repository / "refs" / "main"
+    if len(snapshots) > 1 and main.is_file():
+        snapshots = [path for path in snapshots if path.name == main.read_text().strip()]
+    if len(snapshots) > 1:
+        raise DataError(f"{repository}: {len(snapshots)} snapshots and no refs/main; give one, such as {snapshots[0]}")
+    if not snapshots:
+        raise DataError(f"{folder}: no {layout.CLIP_INDEX_FILE}, neither here nor in a hub cache's snapshot; give the "
+                        "folder that omni fetch filled")  # fmt: skip
+    return snapshots[0]
+
+
+def read_egomotion(content: bytes, name: str) -> EgoMotion:
+    """Read an egomotion member.
+
+    Args:
+        content: the parquet file.
+        name: what to call it in an error.
+
+    Raises:
+        DataError: a column is missing, a number is not finite, time does not increase, or a quaternion is no rotation.
+    """
+    table = read_table(content, name, layout.EGOMOTION_COLUMNS)
+    values = numbers(table, layout.EGOMOTION_COLUMNS[1:], name)
+    quaternion = values[:, :4]
+    off = np.abs(np.linalg.norm(quaternion, axis=1) - 1)
+    if off.size and off.max() > _MAX_NORM_ERROR:
+        raise DataError(f"{name}: quaternion at row {int(off.argmax())} is off unit norm by {off.max():.3g}; "
+                        "quarantine the clip")  # fmt: skip
+    return EgoMotion(
+        timestamp_us=timestamps(table, "timestamp", name),
+        position_m=values[:, 4:7],
+        quaternion_xyzw=quaternion,
+        velocity_mps=values[:, 7:10],
+        acceleration_mps2=values[:, 10:13],
+        curvature_per_m=values[:, 13],
+    )

@@ -1,0 +1,90 @@
+"""Members of a chunk zip by byte range, without trusting the zip: names, sizes and offsets are checked first."""
+
+import struct
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from omni_cli.errors import DataError
+from omni_cli.scene.recording import VideoLocation
+
+MAX_MEMBERS = 10_000
+MAX_MEMBER_BYTES = 2 << 30
+_LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., lengths of the name and of the extra field
+_LOCAL_SIGNATURE = b"PK\x03\x04"
+
+
+@dataclass(frozen=True)
+class ZipDirectory:
+    """Where the members of one zip file begin, and how long they are."""
+
+    path: Path
+    headers: Mapping[str, tuple[int, int]]  # name -> offset of the local header, size
+
+    def locate(self, name: str) -> VideoLocation:
+        """Return where a member's bytes are.
+
+        Raises:
+            DataError: there is no such member, or the file ends before its end.
+        """
+        if name not in self.headers:
+            raise DataError(f"{self.path}: has no member {name}; fetch this chunk again, or quarantine the clip")
+        offset, size = self.headers[name]
+        with self.path.open("rb") as stream:
+            stream.seek(offset)
+            header = stream.read(_LOCAL_HEADER.size)
+        start = offset + _LOCAL_HEADER.size
+        if len(header) == _LOCAL_HEADER.size:
+            signature, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(header)
+            start += name_bytes + extra_bytes
+            if signature == _LOCAL_SIGNATURE and start + size <= self.path.stat().st_size:
+                return VideoLocation(self.path, start, size)
+        raise DataError(f"{self.path}: member {name} is not where the directory says; fetch this chunk again")
+
+    def read(self, name: str) -> bytes:
+        """Return a member's content.
+
+        Raises:
+            DataError: there is no such member, or the file ends before its end.
+        """
+        return self.locate(name).read()
+
+
+def read_directory(path: Path) -> ZipDirectory:
+    """Read and check the directory of a zip whose members are all stored.
+
+    Raises:
+        DataError: the file is missing or not a whole zip, or a member is compressed, too large, named twice, or has a
+            name that could leave its folder.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such chunk file; fetch it with omni fetch") from None
+    except (zipfile.BadZipFile, OSError) as error:
+        raise DataError(f"{path}: not a whole zip file ({error}); fetch this chunk again") from None
+    if len(entries) > MAX_MEMBERS:
+        raise DataError(f"{path}: {len(entries)} members, a chunk has at most {MAX_MEMBERS}; not a chunk of this set")
+    headers: dict[str, tuple[int, int]] = {}
+    for entry in entries:
+        if problem := _problem(entry, headers):
+            raise DataError(f"{path}: member {entry.filename!r} {problem}; do not use this file, fetch the chunk again")
+        headers[entry.filename] = (entry.header_offset, entry.file_size)
+    return ZipDirectory(path, headers)
+
+
+def _problem(entry: zipfile.ZipInfo, known: Mapping[str, tuple[int, int]]) -> str:
+    """Return what is wrong with a directory entry, or nothing."""
+    name = entry.orig_filename
+    parts = PurePosixPath(name).parts
+    if name.startswith("/") or ".." in parts or any(character in name for character in "\\:\0"):
+        return "has a name that leaves its folder"
+    if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size or entry.flag_bits & 1:
+        return "is compressed or encrypted, expected stored bytes"
+    if entry.file_size > MAX_MEMBER_BYTES:
+        return f"states {entry.file_size} bytes, more than {MAX_MEMBER_BYTES}"
+    if entry.header_offset < 0:
+        return "begins before the file does"
+    return "is there twice" if entry.filename in known else ""
