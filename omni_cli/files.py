@@ -6,6 +6,7 @@ receipt means "done": a file without one, or one that does not match it, is as g
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -13,6 +14,8 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from omni_cli.errors import OmniError
 
 RECEIPT_SUFFIX = ".receipt.json"
 TEMPORARY_MARK = ".omni-tmp-"
@@ -136,3 +139,19 @@ def _is_alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path, doing: str) -> Iterator[None]:
+    """Hold a folder for one process; the lock ends with the process, however it ends.
+
+    Raises:
+        OmniError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OmniError(f"another omni is {doing} {folder}; wait for it, or choose another folder") from None
+        yield

@@ -1,0 +1,46 @@
+"""`omni fetch`: raw data from the hub, from a folder, or from the synthetic world, whole, verified and only once."""
+
+from typing import Any
+
+from omni_cli.config import nearest
+from omni_cli.errors import UsageError
+from omni_cli.report import Console
+from omni_cli.stages.fetch.hub import fetch_hub
+from omni_cli.stages.fetch.imports import import_physical_ai_av
+from omni_cli.stages.fetch.openpilot import import_openpilot
+from omni_cli.stages.fetch.request import FetchRequest, SyntheticOptions
+from omni_cli.stages.fetch.selection import camera_names
+from omni_cli.stages.fetch.synthetic import fetch_synthetic
+
+__all__ = ["FetchRequest", "SyntheticOptions", "camera_names", "fetch"]
+
+SOURCES = ("physical_ai_av", "synthetic", "openpilot")
+
+
+def fetch(request: FetchRequest, console: Console) -> dict[str, Any]:
+    """Bring a source's raw data to `DATA/raw/SOURCE`; run again, it finishes what is missing and nothing else.
+
+    Returns:
+        The paths and bytes of what is there now, what was fetched and skipped, and what is absent upstream.
+
+    Raises:
+        UsageError: the request cannot be.
+        DataError: what was found is not this source's data.
+        OmniError: access, network or disk; or files that failed.
+    """
+    if request.workers < 1:
+        raise UsageError(f"--workers {request.workers}: expected 1 or more")
+    match request.source:
+        case "physical_ai_av" if request.origin is not None:
+            return import_physical_ai_av(request, request.origin, console)
+        case "physical_ai_av":
+            return fetch_hub(request, console)
+        case "synthetic" if request.origin is None:
+            return fetch_synthetic(request, console)
+        case "openpilot" if request.origin is not None:
+            return import_openpilot(request, request.origin, console)
+        case "openpilot":
+            raise UsageError("openpilot routes are imported: omni fetch --source openpilot --from ROUTES")
+        case "synthetic":
+            raise UsageError("the synthetic world is rendered, not imported: leave out --from")
+    raise UsageError(f"cannot fetch {request.source!r}; {nearest(request.source, SOURCES)}")

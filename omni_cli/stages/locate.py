@@ -1,0 +1,88 @@
+"""Where the input of a verb lies: the folder that the user names, or the newest output of the verb before it."""
+
+from pathlib import Path
+
+from omni_cli.errors import UsageError
+from omni_cli.formats.openpilot import parse_segment_file
+from omni_cli.formats.physical_ai_av import CLIP_INDEX_FILE, FEATURES_FILE
+from omni_cli.sources import source_names
+
+SHARDS_MARK = "manifest.json"  # a folder without it is unfinished
+RUN_MARK = "run.json"
+_SEGMENT_DEPTHS = ("*", "*/*", "*/*/*")
+
+
+def raw_folder(data: Path, source: str | None) -> tuple[str, Path]:
+    """Return the name of a source and the folder of its raw data.
+
+    Args:
+        data: omni's data folder (raw data in DATA/raw/SOURCE), or a folder in a source's own layout.
+        source: which one; None takes the only one, or the newest.
+
+    Raises:
+        UsageError: it is not there; the message says what is, and how to get it.
+    """
+    if not data.is_dir():
+        raise UsageError(f"no data folder {data}; {_fetch_hint(source)}")
+    raw = data / "raw"
+    if not raw.is_dir():
+        if layout := layout_of(data):
+            return source or layout, data
+        raise UsageError(f"{data}: holds no raw data and is no known layout; {_fetch_hint(source)}")
+    found = {path.name: path for path in sorted(raw.iterdir()) if path.is_dir() and path.name in source_names()}
+    if source is None and found:
+        return max(found.items(), key=lambda item: item[1].stat().st_mtime_ns)
+    if source not in found or source is None:
+        raise UsageError(
+            f"{raw}: holds {', '.join(found) or 'nothing'}, not {source or 'a source'}; {_fetch_hint(source)}"
+        )
+    return source, found[source]
+
+
+def layout_of(folder: Path) -> str | None:
+    """Return the source whose layout a folder has: a PhysicalAI-AV repository or hub cache, or comma routes."""
+    marks = (FEATURES_FILE, CLIP_INDEX_FILE, "snapshots", "datasets--*/snapshots")
+    if any(path for mark in marks for path in folder.glob(mark)):
+        return "physical_ai_av"
+    paths = (path for depth in _SEGMENT_DEPTHS for path in folder.absolute().glob(depth))
+    return "openpilot" if any(parse_segment_file(path.as_posix()) for path in paths) else None
+
+
+def has_shards(data: Path) -> bool:
+    """Say whether there is a finished shard folder under DATA/shards."""
+    return any((data / "shards").glob(f"*/{SHARDS_MARK}"))
+
+
+def newest_shards(data: Path) -> Path:
+    """Return the newest finished shard folder under DATA/shards.
+
+    Raises:
+        UsageError: there is none.
+    """
+    return _newest(data / "shards", SHARDS_MARK, "shards", "make some with: omni etl, or name a folder with --shards")
+
+
+def newest_run(runs: Path) -> Path:
+    """Return the newest training run.
+
+    Raises:
+        UsageError: there is none.
+    """
+    return _newest(runs, RUN_MARK, "run", "make one with: omni train, or name a folder with --run")
+
+
+def _newest(folder: Path, mark: str, what: str, hint: str) -> Path:
+    found = [path for path in folder.glob(f"*/{mark}") if path.is_file()]
+    if not found:
+        raise UsageError(f"{folder}: holds no finished {what}; {hint}")
+    return max(found, key=lambda path: (path.stat().st_mtime_ns, path.name)).parent
+
+
+def _fetch_hint(source: str | None) -> str:
+    match source:
+        case "openpilot":
+            return "get it with: omni fetch --source openpilot --from ROUTES"
+        case None | "synthetic":
+            return "get some with: omni fetch --source synthetic --chunks 2"
+        case _:
+            return f"get it with: omni fetch --source {source} --chunks 5"

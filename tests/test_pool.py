@@ -1,0 +1,101 @@
+"""Whatever happens to a worker costs one attempt of one item."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from omni_cli.stages.pool import run_pool
+
+
+def misbehave(item):
+    """Does what the item says; `once` items do it on the first attempt only."""
+    kind, marker = item
+    if marker:
+        if Path(marker).exists():
+            return f"{kind} later"
+        Path(marker).touch()
+    match kind:
+        case "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "exit":
+            os._exit(3)
+        case "hang":
+            time.sleep(600)
+        case "raise":
+            raise ValueError("no good")
+        case "grow":
+            return len(bytearray(8 << 30))
+    return kind
+
+
+def outcomes(items, **settings):
+    settings = {"workers": 2, "timeout_s": 4.0, **settings}
+    return {outcome.item: outcome for outcome in run_pool(misbehave, items, **settings)}
+
+
+def test_every_item_has_one_outcome_and_only_the_bad_ones_are_errors():
+    good = [(f"good {k}", "") for k in range(20)]
+    bad = {
+        ("die", ""): "worker died: killed by SIGKILL",
+        ("exit", ""): "worker died: exit code 3",
+        ("hang", ""): "took longer than 4 s",
+        ("raise", ""): "ValueError: no good",
+        ("grow", ""): "MemoryError: ",
+    }
+    found = outcomes([*good[:10], *bad, *good[10:]], memory_bytes=2 << 30)
+    assert found.keys() == {*good, *bad}
+    assert {item: found[item].error for item in bad} == bad
+    assert all(found[item].attempts == 2 for item in bad)
+    assert all(found[item].result == item[0] and found[item].attempts == 1 for item in good)
+
+
+def test_a_passing_failure_costs_one_attempt(tmp_path):
+    items = [(kind, str(tmp_path / kind)) for kind in ("die", "hang", "raise")]
+    found = outcomes([*items, ("good", "")])
+    assert [found[item].result for item in items] == ["die later", "hang later", "raise later"]
+    assert [found[item].attempts for item in items] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("settings", [{"workers": 0}, {"workers": 4}])
+def test_one_item_or_no_workers_runs_here(tmp_path, settings):
+    items = [("raise", str(tmp_path / "once"))]
+    assert outcomes(items, **settings)[items[0]].result == "raise later"
+    assert outcomes([("raise", "")], **settings)[("raise", "")].error == "ValueError: no good"
+    assert [outcome.result for outcome in run_pool(os.path.basename, ["a/b", "c"], workers=0)] == ["b", "c"]
+
+
+def test_nothing_to_do_is_done_at_once():
+    assert outcomes([]) == {}
+
+
+SUPERVISOR = """
+import sys, time
+from omni_cli.stages.pool import run_pool
+if __name__ == "__main__":
+    try:
+        for outcome in run_pool(time.sleep, [0, 600, 600], workers=2):
+            print("running", flush=True)
+    except KeyboardInterrupt:
+        sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
+def test_no_worker_outlives_its_supervisor(tmp_path, sent, code):
+    script = tmp_path / "supervisor.py"
+    script.write_text(SUPERVISOR)
+    environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout.readline() == "running\n"
+        workers = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(sent)
+        assert process.wait(timeout=10) == code
+    assert len(workers) >= 2
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert alive == []
