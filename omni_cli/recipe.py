@@ -5,9 +5,10 @@ prints nothing. A recipe that cannot do a stage's work simply lacks the methods,
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import pyarrow as pa
 from pydantic import Field
@@ -17,8 +18,7 @@ from omni_cli.config import Settings
 from omni_cli.errors import UsageError
 from omni_cli.formats.video import Decoder
 from omni_cli.samples.preprocess import Labels, Preprocess
-from omni_cli.samples.tables import ShardTables
-from omni_cli.scene.recording import Recording
+from omni_cli.samples.windows import TableMaker
 
 Batch = Mapping[str, Tensor]
 Row = Mapping[str, Any]
@@ -74,7 +74,7 @@ class TrainSettings(Settings):
     max_tokens: int = Field(65_536, ge=1)  # of one sample
     gradient_checkpointing: bool = True
     save_steps: int = Field(50, ge=1)
-    log_steps: int = Field(10, ge=1)
+    log_steps: int = Field(10, ge=1)  # where it divides save_steps, a resumed run logs the same means
     workers: int = Field(2, ge=0)
     seed: int = 0
     blind: bool = False  # a control: every picture is replaced by mid grey
@@ -87,6 +87,24 @@ class Loss:
     total: Tensor
     count: Tensor
     parts: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainerKind:
+    """A Trainer class, the class of its arguments, and what this recipe always passes to the latter."""
+
+    trainer: type
+    arguments: type
+    always: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """Something a recipe predicts and the windows know: a target column, its name for people, its unit."""
+
+    column: str
+    title: str
+    unit: str
 
 
 @dataclass(frozen=True)
@@ -118,11 +136,11 @@ class Sampled(Protocol):
     def target_columns(self) -> tuple[pa.Field, ...]:
         """Return the columns that this recipe appends to the windows."""
 
-    def make_tables(self, recording: Recording, preprocess: Preprocess) -> ShardTables:
-        """Decode one recording and cut it into windows with targets.
+    def table_maker(self) -> TableMaker:
+        """Return what decodes one recording and cuts it into windows with targets.
 
-        Raises:
-            DataError: the recording cannot give what the settings ask for.
+        It travels to the workers of a pool, so it is a picklable function of `samples`, never a bound method: whoever
+        unpickles the recipe imports its models and trainers, which takes longer than a recording.
         """
 
 
@@ -144,8 +162,8 @@ class Trainable(Protocol):
     tune: TuneSettings
     train: TrainSettings
 
-    def build(self, checkpoint: Path | None) -> BuiltModel:
-        """Build the model with its adapter; from `checkpoint` where a fully tuned run resumes."""
+    def build(self, preprocess: Preprocess, checkpoint: Path | None = None) -> BuiltModel:
+        """Build the model that learns; from `checkpoint` where a fully tuned run resumes."""
 
     def collate(self, rows: Sequence[Row], preprocess: Preprocess) -> Batch:
         """Stack dataset rows into one batch; pictures stay uint8."""
@@ -153,8 +171,107 @@ class Trainable(Protocol):
     def loss(self, model: nn.Module, batch: Batch, preprocess: Preprocess) -> Loss:
         """Return the loss of one batch as a sum and a count of labelled tokens, frames or steps."""
 
-    def trainer_class(self) -> type:
+    def trainer(self) -> TrainerKind:
         """Return the Trainer of the Hugging Face family that suits this recipe."""
+
+    def save(self, built: BuiltModel, folder: Path) -> None:
+        """Write the trained weights and the tokenizer: an adapter's folder, or a whole model's."""
+
+    def load(self, preprocess: Preprocess, folder: Path) -> BuiltModel:
+        """Load what `save` wrote, ready to predict.
+
+        Raises:
+            DataError: an adapter does not fit its base.
+        """
+
+    def base_fingerprint(self) -> str:
+        """Return what identifies the base weights: a hash of local files, a hub commit, or a seed."""
+
+
+@runtime_checkable
+class Evaluable(Protocol):
+    """What `eval` and `infer` ask of a recipe."""
+
+    @property
+    def quantities(self) -> tuple[Quantity, ...]:
+        """What an answer states, in the order of its numbers."""
+
+    def predict(self, built: BuiltModel, rows: Sequence[Row], preprocess: Preprocess) -> list[Prediction]:
+        """Answer windows from their pictures and prompts."""
+
+
+@runtime_checkable
+class Askable(Evaluable, Protocol):
+    """A recipe that can be asked about a window which no shard holds."""
+
+    def prompt_row(self, canvases: Tensor, preprocess: Preprocess, tokenizer: Any, start_speed_mps: float) -> Row:
+        """Return a row whose answer is a placeholder.
+
+        Args:
+            canvases: (num_frames, height, width, 3) uint8.
+            preprocess: how the window was made.
+            tokenizer: of the model.
+            start_speed_mps: forward speed at the first instant; told only where `preprocess.past_speed` says so.
+        """
+
+
+@runtime_checkable
+class Mergeable(Trainable, Askable, Protocol):
+    """What `merge` asks of a recipe."""
+
+    def load_to_merge(self, preprocess: Preprocess, folder: Path) -> BuiltModel:
+        """Load an adapter over a fresh base in full precision: a quantised one cannot be merged into truly."""
+
+    def adapter_disabled(self, built: BuiltModel) -> AbstractContextManager[None]:
+        """Return a context in which the model is its base."""
+
+    def merge(self, built: BuiltModel) -> BuiltModel:
+        """Fold the adapter into its base; the adapted model is used up.
+
+        Raises:
+            DataError: a merged weight is not finite.
+        """
+
+    def logits(self, model: nn.Module, batch: Batch, preprocess: Preprocess) -> Tensor:
+        """Return the logits (rows, labelled positions, vocabulary) of a batch."""
+
+    def of_whole_model(self, model: str) -> Self:
+        """Return this recipe with a whole, unquantised model as its base: `load` takes its folder."""
+
+
+@runtime_checkable
+class Inferable(Sampled, Trainable, Askable, Protocol):
+    """What `infer` asks of a recipe."""
+
+    def load_base_to_ask(self, preprocess: Preprocess) -> tuple[BuiltModel, str]:
+        """Return the base model as it is, and what that means for its answers."""
+
+    def place(self, built: BuiltModel, device: str, dtype: str | None) -> BuiltModel:
+        """Move the model to a device, its weights to another type where one is named."""
+
+
+@dataclass(frozen=True)
+class ExportedPart:
+    """A part of a model as a function of one tensor, with every other input fixed."""
+
+    module: nn.Module
+    example: Tensor  # of the input's shape and type
+    input_name: str
+    output_names: tuple[str, ...]
+
+
+@runtime_checkable
+class Exportable(Mergeable, Protocol):
+    """What `export` asks of a recipe."""
+
+    def export_part(self, built: BuiltModel, preprocess: Preprocess, batch: int) -> ExportedPart:
+        """Return the part that ONNX runs, for a fixed number of windows."""
+
+    def export_pixels(self, canvases: Tensor, preprocess: Preprocess) -> Tensor:
+        """Return what that part takes for windows of canvases (windows, num_frames, height, width, 3) uint8."""
+
+    def write_processor_files(self, folder: Path, preprocess: Preprocess) -> None:
+        """Write what `AutoProcessor` and `apply_chat_template` need beside the weights of a model folder."""
 
 
 R = TypeVar("R")

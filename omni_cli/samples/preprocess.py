@@ -14,7 +14,7 @@ from omni_cli.config import Settings
 from omni_cli.formats.video import Decoder
 
 Family = Literal["qwen2_5_vl", "qwen3_vl"]
-Labels = Literal["ego-motion"]
+Labels = Literal["ego-motion", "speed"]
 
 
 class VisionGrid(Settings):

@@ -1,0 +1,126 @@
+"""What is said to a vision-language model about a window, and what it should answer.
+
+No name of a clip, file or split ever enters a prompt: cameras, layout, time and, where the recipe says so, the speed
+at the first instant. The chat format is Qwen's ChatML; special tokens are written as text, tokenizers know them.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from omni_cli.samples.preprocess import Labels, Preprocess
+
+SYSTEM = "You are a driving assistant."
+VIDEO_TOKEN = "<|video_pad|>"
+ANSWER_END = "<|im_end|>"
+_NUMBER = r"(-?\d{1,6}(?:\.\d{1,6})?)"
+_EGO_MOTION = re.compile(rf"Avg Velocity: {_NUMBER}m/s\. Total displacement: {_NUMBER}m\.")
+_SPEED = re.compile(rf"Speed {_NUMBER} m/s\.")
+_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nSYSTEM<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'video' %}VIDEO{% elif 'text' in part %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ANSWERED: Mapping[Labels, tuple[str, ...]] = {
+    "ego-motion": ("mean_speed_mps", "displacement_m"),
+    "speed": ("mean_speed_mps",),
+}
+_MAX_ANSWER_CHARACTERS = 10_000  # of a model's answer that is searched
+
+
+def camera_title(name: str) -> str:
+    """Return a camera's name for people: `camera_front_wide_120fov` is `front wide`."""
+    return re.sub(r"_\d+fov$", "", name.removeprefix("camera_")).replace("_", " ")
+
+
+def render_prompt(preprocess: Preprocess, start_speed_mps: float) -> str:
+    """Return the chat up to where the assistant speaks.
+
+    Args:
+        preprocess: cameras, layout, time grid, and whether the past speed is told.
+        start_speed_mps: forward speed at the first instant.
+    """
+    user = f"<|im_start|>user\n{_video_text(preprocess)}{render_question(preprocess, start_speed_mps)}<|im_end|>\n"
+    return f"<|im_start|>system\n{SYSTEM}<|im_end|>\n{user}<|im_start|>assistant\n"
+
+
+def render_question(preprocess: Preprocess, start_speed_mps: float) -> str:
+    """Return what the user asks beside the video."""
+    cameras = ", ".join(camera_title(name) for name in preprocess.cameras)
+    question = (
+        f"{preprocess.num_frames} frames at {preprocess.rate_hz:g} Hz, "
+        f"{preprocess.rows}x{preprocess.columns} grid of cameras: {cameras}. How does the car move?"
+    )
+    if preprocess.past_speed:
+        question += f" Its speed at the first frame is {start_speed_mps:.2f} m/s."
+    return question
+
+
+def chat_template(preprocess: Preprocess) -> str:
+    """Return the Jinja template that renders a video and a question as `render_prompt` does.
+
+    The video is one placeholder, which the model's own processor repeats; Qwen3-VL's adds the marks of each grid.
+    """
+    video = VIDEO_TOKEN
+    if preprocess.vision.family == "qwen2_5_vl":
+        video = f"<|vision_start|>{VIDEO_TOKEN}<|vision_end|>"
+    return _TEMPLATE.replace("SYSTEM", SYSTEM).replace("VIDEO", video)
+
+
+def render_answer(labels: Labels, targets: Mapping[str, Any]) -> str:
+    """Return the answer to a window, without the token that ends it.
+
+    Args:
+        labels: the answer's format; `ego-motion` is the one of DESIGN section 9, `speed` a whole number.
+        targets: the window's `mean_speed_mps` and `displacement_m`.
+    """
+    speed, displacement = float(targets["mean_speed_mps"]), float(targets["displacement_m"])
+    if labels == "speed":
+        return f"Speed {_plain(speed, 0).zfill(3)} m/s."  # fixed width: the first digit says the most
+    return (
+        f"<think>\nAvg Velocity: {_plain(speed, 2)}m/s. Total displacement: {_plain(displacement, 2)}m.\n</think>\n"
+        f"Action: Displacement of {_plain(displacement, 1)} meters."
+    )
+
+
+def parse_answer(labels: Labels, text: str) -> dict[str, float] | None:
+    """Read an answer back, one number for each of `ANSWERED[labels]`; None where it is not in the format."""
+    pattern = _SPEED if labels == "speed" else _EGO_MOTION
+    match = pattern.search(text[:_MAX_ANSWER_CHARACTERS])
+    return dict(zip(ANSWERED[labels], map(float, match.groups()), strict=True)) if match else None
+
+
+def sample_sentences(preprocess: Preprocess) -> list[str]:
+    """Return sentences from which a tokenizer of our own learns its words; numbers are left to single digits."""
+    zero = {"mean_speed_mps": 0.0, "displacement_m": 0.0}
+    prompts = [render_prompt(preprocess.model_copy(update={"past_speed": told}), 0.0) for told in (False, True)]
+    answers = [render_answer(labels, zero) for labels in ("ego-motion", "speed")]
+    return [re.sub(r"<\|\w+\|>", " ", text) for text in prompts + answers]
+
+
+def _video_text(preprocess: Preprocess) -> str:
+    time, height, width = preprocess.grid
+    pads = VIDEO_TOKEN * (height * width // preprocess.vision.merge**2)
+    if preprocess.vision.family == "qwen2_5_vl":
+        return f"<|vision_start|>{pads * time}<|vision_end|>"
+    return "".join(
+        f"<{_grid_middle_s(preprocess, k):.1f} seconds><|vision_start|>{pads}<|vision_end|>" for k in range(time)
+    )
+
+
+def _grid_middle_s(preprocess: Preprocess, grid: int) -> float:
+    """Return the middle of a grid's first and last frame in seconds, as Qwen3-VL's own processor states it."""
+    frames = preprocess.vision.temporal_patch
+    first = grid * frames
+    last = min(first + frames, preprocess.num_frames) - 1
+    return (first + last) / 2 / preprocess.rate_hz
+
+
+def _plain(value: float, digits: int) -> str:
+    """Format without a negative zero."""
+    text = f"{value:.{digits}f}"
+    return text.removeprefix("-") if float(text) == 0 else text

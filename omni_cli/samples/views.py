@@ -1,0 +1,128 @@
+"""Windows of a recording that no shard holds, for a model to be asked about: the same instants, pictures and tiles.
+
+Pictures are decoded while they are asked for, front to back, and forgotten with the last window that looks at them, so
+that an hour of video needs no more memory than a minute.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from omni_cli.errors import DataError
+from omni_cli.formats.video import Uint8Array
+from omni_cli.samples.labels import ego_motion_columns, motion_timestamps_us
+from omni_cli.samples.preprocess import Preprocess
+from omni_cli.samples.sync import PlannedWindow, plan_windows
+from omni_cli.samples.tiling import tile_into
+from omni_cli.samples.windows import camera_streams, decode_camera
+from omni_cli.scene.clock import Int64Array
+from omni_cli.scene.recording import CameraStream, Recording
+
+MOSAIC = "mosaic"  # the one camera of a recording whose frames are whole canvases
+
+
+def plan_views(
+    recording: Recording, preprocess: Preprocess, *, stride: int, max_age_us: int
+) -> tuple[PlannedWindow, ...]:
+    """Choose the windows of a recording, exactly as `etl` does where its ego motion is known.
+
+    Args:
+        recording: with the cameras of `preprocess`, or with a mosaic.
+        preprocess: cameras and time grid.
+        stride: instants between the starts of two windows.
+        max_age_us: a window with a frame older than this at its instant is dropped.
+
+    Raises:
+        DataError: a camera is missing, or no window is left.
+    """
+    streams = camera_streams(recording, _cameras(recording, preprocess))
+    knows_motion = has_motion(recording)
+    plan = plan_windows(
+        {name: stream.timestamp_us for name, stream in streams.items()},
+        motion_timestamps_us(recording) if knows_motion else None,
+        rate_hz=preprocess.rate_hz,
+        num_frames=preprocess.num_frames,
+        stride=stride,
+        max_age_us=max_age_us,
+    )
+    if not plan.windows:
+        dropped = "; ".join(f"{count} dropped: {reason}" for reason, count in plan.dropped.items())
+        length_s = min((s.timestamp_us[-1] - s.timestamp_us[0]) / 1e6 for s in streams.values())
+        needed = f"{preprocess.num_frames} frames at {preprocess.rate_hz:g} Hz"
+        raise DataError(f"{recording.id}: {length_s:.1f} s hold no window of {needed}{dropped and f' ({dropped})'}")
+    return plan.windows
+
+
+def has_motion(recording: Recording) -> bool:
+    """Say whether it is known how the car moved."""
+    return recording.ego is not None or recording.speed is not None
+
+
+def known_motion(recording: Recording, windows: Sequence[PlannedWindow]) -> list[dict[str, float]]:
+    """Return the ego-motion columns of each window; empty tables where the recording does not know them."""
+    if not has_motion(recording):
+        return [{} for _ in windows]
+    spans = np.array([(window.start_us, window.end_us) for window in windows], dtype=np.int64)
+    columns = ego_motion_columns(recording, spans)
+    return [{name: float(values[row]) for name, values in columns.items()} for row in range(len(windows))]
+
+
+def window_canvases(
+    recording: Recording, preprocess: Preprocess, windows: Sequence[PlannedWindow]
+) -> Iterator[Uint8Array]:
+    """Yield the canvases (num_frames, height, width, 3) of each window, in order.
+
+    Args:
+        recording: with the cameras of `preprocess`, or with a mosaic.
+        preprocess: cameras, canvas, decoder.
+        windows: of `plan_views`.
+
+    Raises:
+        DataError: a video is damaged.
+    """
+    streams = camera_streams(recording, _cameras(recording, preprocess))
+    index = np.stack([window.frame_index for window in windows])
+    readers = [
+        _reader(recording.id, stream, np.unique(index[:, :, camera]), preprocess)
+        for camera, stream in enumerate(streams.values())
+    ]
+    shape = (preprocess.num_frames, preprocess.canvas_height_px, preprocess.canvas_width_px, 3)
+    for window in windows:
+        canvases = np.zeros(shape, dtype=np.uint8)
+        for reader, first in zip(readers, window.frame_index[0], strict=True):
+            reader.forget_before(int(first))
+        for canvas, frames in zip(canvases, window.frame_index, strict=True):
+            pictures = [reader.picture(int(frame)) for reader, frame in zip(readers, frames, strict=True)]
+            if MOSAIC in streams:
+                canvas[:] = pictures[0]
+            else:
+                tile_into(canvas, pictures, preprocess)
+        yield canvases
+
+
+def _cameras(recording: Recording, preprocess: Preprocess) -> tuple[str, ...]:
+    return (MOSAIC,) if MOSAIC in recording.cameras else preprocess.cameras
+
+
+def _reader(recording_id: str, stream: CameraStream, frames: Int64Array, preprocess: Preprocess) -> "_Reader":
+    name, is_mosaic = f"{recording_id} {stream.name}", stream.name == MOSAIC
+    _, _, decoded = decode_camera(name, stream, frames, preprocess, is_mosaic=is_mosaic)
+    return _Reader(decoded)
+
+
+@dataclass
+class _Reader:
+    """Pictures of one camera by frame, kept from when they are decoded until they are forgotten."""
+
+    decoded: Iterator[tuple[int, Uint8Array]]
+    kept: dict[int, Uint8Array] = field(default_factory=dict)
+
+    def picture(self, frame: int) -> Uint8Array:
+        while frame not in self.kept:
+            index, picture = next(self.decoded)
+            self.kept[index] = picture
+        return self.kept[frame]
+
+    def forget_before(self, frame: int) -> None:
+        self.kept = {index: picture for index, picture in self.kept.items() if index >= frame}

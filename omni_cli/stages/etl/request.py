@@ -1,0 +1,49 @@
+"""What a user asks `omni etl` for, and what that means on this disk."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from omni_cli.files import hash_json
+from omni_cli.recipe import Sampled
+from omni_cli.samples.preprocess import Preprocess
+from omni_cli.sources import open_source
+from omni_cli.stages.etl.plan import Job, Plan, make_job, make_plan
+from omni_cli.stages.locate import raw_folder
+
+
+@dataclass(frozen=True)
+class EtlRequest:
+    """One call of `omni etl`."""
+
+    data: Path  # DATA, or a folder in a source's own layout
+    source: str | None = None
+    out: Path | None = None  # the shard folder itself
+    name: str | None = None  # or its name under DATA/shards
+    workers: int = 1  # processes; 0 runs in this one
+    shard: tuple[int, int] | None = None  # share I of N of the units, 1-based
+    split_file: Path | None = None
+    max_refused: float = 0.2  # share of the recordings; more fails the run
+    dry_run: bool = False
+    profile: str = ""  # named in the plan
+
+
+def prepare(recipe: Sampled, preprocess: Preprocess, request: EtlRequest) -> tuple[Job, Plan]:
+    """Find the raw data, plan the units and choose the shard folder; touches nothing.
+
+    Raises:
+        UsageError: there is no raw data, or the split file is wrong.
+        DataError: the raw data hold no recording.
+    """
+    source, raw = raw_folder(request.data, request.source)
+    reader = open_source(source, raw)
+    plan = make_plan(reader, raw, recipe.split, request.split_file)
+    job = make_job(recipe, preprocess, source, reader, raw)
+    folder = request.out or request.data / "shards" / (request.name or _default_name(job, plan))
+    return replace(job, out=folder), plan
+
+
+def _default_name(job: Job, plan: Plan) -> str:
+    """Return a name that other settings never share, so that no shard set overwrites another."""
+    by_file = [[unit.recording_id, unit.split] for unit in plan.units] if plan.split_rule == "file" else None
+    facts = [job.source, job.settings, job.preprocess.model_dump(mode="json"), plan.split_rule, by_file]
+    return f"{job.recipe_name}-{len(job.preprocess.cameras)}-cam-{hash_json(facts)[:8]}"

@@ -1,0 +1,43 @@
+"""Token ids beside the shards: made for one tokenizer and template, remade in seconds for another."""
+
+from functools import partial
+from typing import Any
+
+from omni_cli.files import commit, remove_leftovers, verified_receipt
+from omni_cli.recipe import Tokenized
+from omni_cli.report import Console
+from omni_cli.samples.shards import WINDOW_ROWS_PER_BATCH, RecordingEntry, ShardSet, tokens_path, write_stream
+
+
+def ensure_sidecar(shards: ShardSet, recipe: Any, console: Console) -> str | None:
+    """Make what is missing of the token sidecar that a recipe needs, and return its key.
+
+    Args:
+        shards: a finished shard set.
+        recipe: one that is not `Tokenized` needs no sidecar: None is returned.
+        console: shows the progress.
+    """
+    if not isinstance(recipe, Tokenized):
+        return None
+    key = recipe.sidecar_key(shards.manifest.preprocess)
+    folder = tokens_path(shards.folder, "any", key).parent
+    if folder.is_dir():
+        remove_leftovers(folder)
+    todo = [entry for entry in shards.manifest.recordings if not _is_done(shards, entry, key)]
+    with console.progress("tokens", len(todo), "recordings") as step:
+        for entry in todo:
+            _write(shards, entry, key, recipe)
+            step.advance()
+    return key
+
+
+def _is_done(shards: ShardSet, entry: RecordingEntry, key: str) -> bool:
+    path = tokens_path(shards.folder, entry.id, key)
+    return verified_receipt(path, expect={"windows_sha256": entry.windows_file.sha256}) is not None
+
+
+def _write(shards: ShardSet, entry: RecordingEntry, key: str, recipe: Tokenized) -> None:
+    table = recipe.encode_windows(shards.windows(entry.id), shards.manifest.preprocess)
+    write = partial(write_stream, table, rows_per_batch=WINDOW_ROWS_PER_BATCH)
+    path = tokens_path(shards.folder, entry.id, key)
+    commit(path, write, windows_sha256=entry.windows_file.sha256, rows=table.num_rows)

@@ -1,0 +1,132 @@
+"""The stage itself: plan, run the units, publish the manifest, make the tokens."""
+
+from collections import Counter
+from functools import partial
+from typing import Any
+
+from omni_cli.config import differences
+from omni_cli.errors import DataError, OmniError, UsageError
+from omni_cli.recipe import Sampled, require
+from omni_cli.report import Console
+from omni_cli.samples.shards import Manifest, ShardSet
+from omni_cli.samples.splits import SPLITS
+from omni_cli.stages.etl.dry_run import dry_run
+from omni_cli.stages.etl.estimate import check_space, estimate
+from omni_cli.stages.etl.finalize import current_manifest, finalize, is_done, missing_units
+from omni_cli.stages.etl.plan import Job, Plan, Unit
+from omni_cli.stages.etl.request import EtlRequest, prepare
+from omni_cli.stages.etl.sidecar import ensure_sidecar
+from omni_cli.stages.etl.unit import UnitResult, refuse, run_unit
+from omni_cli.stages.pool import Outcome, run_pool
+
+_UNIT_TIMEOUT_S = 1800.0
+
+
+def etl(recipe: Any, request: EtlRequest, console: Console) -> dict[str, Any]:
+    """Turn raw recordings into shards.
+
+    Args:
+        recipe: a `Sampled` recipe; one that is `Tokenized` gets its sidecar as well.
+        request: what to work on, and where to.
+        console: shows the progress.
+
+    Returns:
+        The shard folder and what was made, kept, dropped and refused.
+
+    Raises:
+        UsageError: there is no raw data, or the folder holds shards of other settings.
+        DataError: too many recordings are refused, or none is left.
+        OmniError: the disk is too small, or failed.
+    """
+    sampled: Sampled = require(recipe, Sampled)  # type: ignore[type-abstract]  # a protocol names the capability
+    if request.dry_run:
+        return dry_run(sampled, request, console)
+    job, plan = prepare(sampled, sampled.preprocess(), request)
+    console.say(f"{job.source} in {job.raw}: {len(plan.units)} recordings -> {job.out}")
+    _check_settings(job)
+    units = plan.share(request.shard)
+    check_space(job.out, estimate(job, [unit for unit in units if not is_done(job, unit)]).stored_bytes)
+    counts = _run_units(job, units, request.workers, console)
+    _check_refused(job, units, request.max_refused)
+    if waiting := missing_units(job, plan):
+        console.say(f"{len(waiting)} recordings are left to the other shares; the last one to end writes the manifest")
+        return {"shards": str(job.out), "finished": False, "waiting": len(waiting), **counts}
+    manifest = finalize(job, plan)
+    _say_result(manifest, plan, console)
+    sidecar = ensure_sidecar(ShardSet(job.out, manifest), recipe, console)
+    return {"shards": str(job.out), "finished": True, **counts, **_facts(manifest, plan), "sidecar": sidecar}
+
+
+def _check_settings(job: Job) -> None:
+    """Refuse to mix shards of different settings in one folder."""
+    there = current_manifest(job.out)
+    if there is None:
+        return
+    ours = {"recipe": job.recipe_name, "settings": job.settings, "preprocess": job.preprocess, "source": job.source}
+    if changed := differences(there, there.model_copy(update=ours)):
+        raise UsageError(
+            f"{job.out}: holds shards of other settings ({'; '.join(changed[:3])}); "
+            "choose another folder with --out, or delete this one"
+        )
+
+
+def _run_units(job: Job, units: tuple[Unit, ...], workers: int, console: Console) -> dict[str, int]:
+    counts = Counter[str]()
+    with console.progress("etl", len(units), "recordings") as step:
+        for outcome in run_pool(partial(run_unit, job), units, workers=workers, timeout_s=_UNIT_TIMEOUT_S):
+            result = _result(job, outcome)
+            if result.status == "stopped":
+                raise OmniError(result.reason)
+            if result.status == "refused":
+                console.warn(f"refused {outcome.item.recording_id}: {result.reason}")
+            counts[result.status] += 1
+            counts["decoded_frames"] += result.frames
+            step.advance()
+    return {name: counts[name] for name in ("made", "kept", "decoded_frames")}
+
+
+def _result(job: Job, outcome: Outcome[Unit, UnitResult]) -> UnitResult:
+    """Return a unit's result; a unit that crashed or hung at every attempt is refused."""
+    if outcome.result is not None:
+        return outcome.result
+    return refuse(job, outcome.item, f"{outcome.error} ({outcome.attempts} attempts)")
+
+
+def _check_refused(job: Job, units: tuple[Unit, ...], max_refused: float) -> None:
+    done = sum(is_done(job, unit) for unit in units)
+    refused = len(units) - done
+    if refused > max_refused * len(units) or (units and not done):
+        raise DataError(
+            f"{refused} of {len(units)} recordings were refused, more than the {max_refused:.0%} allowed; "
+            "look at the reasons above, and audit the data with: omni audit"
+        )
+
+
+def _say_result(manifest: Manifest, plan: Plan, console: Console) -> None:
+    windows = ", ".join(f"{manifest.count(split)} {split}" for split in SPLITS)
+    skew = f"{manifest.skew.median_us / 1000:.1f} ms median, {manifest.skew.max_us / 1000:.1f} ms at most"
+    console.say(f"{len(manifest.recordings)} recordings, windows: {windows}; camera skew: {skew}")
+    for reason, count in manifest.dropped.items():
+        console.say(f"dropped {count} windows: {reason}")
+    if plan.quarantined:
+        console.say(f"left out {len(plan.quarantined)} recordings in quarantine")
+    if plan.unassigned:
+        console.say(f"left out {plan.unassigned} recordings that the split file does not name")
+    for split in SPLITS:
+        if not manifest.count(split) and plan.split_rule != "file":  # a file says so on purpose
+            console.warn(f"no {split} window: there are too few drives to split; fetch more, or use --split time")
+
+
+def _facts(manifest: Manifest, plan: Plan) -> dict[str, Any]:
+    return {
+        "source": manifest.source,
+        "recordings": len(manifest.recordings),
+        "windows": {split: manifest.count(split) for split in SPLITS},
+        "dropped": manifest.dropped,
+        "refused": manifest.refused,
+        "quarantined": len(plan.quarantined),
+        "unassigned": plan.unassigned,
+        "skew_ms": {"median": manifest.skew.median_us / 1000, "max": manifest.skew.max_us / 1000},
+        "split_rule": manifest.split_rule,
+        "fingerprint": manifest.fingerprint,
+    }

@@ -1,0 +1,17 @@
+"""Train in a process of its own, so that it can be killed: RUNS SHARDS FAMILY MODE STEPS."""
+
+import sys
+from pathlib import Path
+
+from omni_cli.errors import OmniError
+from omni_cli.stages.train import TrainRequest, train
+from tests.support.pipeline import QUIET, kill_recipe
+
+if __name__ == "__main__":
+    runs, shards, family, mode, steps = sys.argv[1:]
+    try:
+        train(
+            kill_recipe(family, mode, int(steps)), TrainRequest(Path(shards), Path(runs), Path(runs), "r", "t"), QUIET
+        )
+    except OmniError as error:
+        sys.exit(error.exit_code)
