@@ -1,0 +1,1 @@
+"""The checks that audit makes of raw data. No torch: they run in many short-lived workers, which must start fast."""

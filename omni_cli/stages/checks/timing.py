@@ -1,0 +1,87 @@
+"""Checks of time: does it increase, has it holes, do the cameras look at the same span. Pure functions."""
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from omni_cli.scene.clock import Int64Array, seconds, typical_period_us
+from omni_cli.stages.checks.findings import Finding, refuse, warn
+
+GAP_PERIODS = 2.5  # an interval longer than this many typical ones is a gap
+MAX_GAP_US = 1_000_000  # a longer one leaves no window around it worth keeping
+MAX_SPREAD_US = 500_000  # between the starts, or the ends, of a recording's cameras
+MIN_COVERED_SHARE = 0.5  # of the cameras' span, by the ego motion
+
+
+def timestamp_findings(timestamp_us: Int64Array, what: str) -> Iterator[Finding]:
+    """Check that times increase and have no holes.
+
+    Args:
+        timestamp_us: (n,) as logged.
+        what: names the times in a detail: `frame times`, `egomotion times`.
+    """
+    if len(timestamp_us) < 2:
+        yield refuse("too-short", f"{what}: {len(timestamp_us)} found, at least 2 expected")
+        return
+    steps = np.diff(timestamp_us)
+    if len(backward := np.flatnonzero(steps <= 0)):
+        row = int(backward[0]) + 1
+        yield refuse(
+            "non-monotonic-time",
+            f"{what}: row {row} is {timestamp_us[row]} us after {timestamp_us[row - 1]} us, {len(backward)} such rows; "
+            "strictly increasing expected",
+        )
+        return
+    yield from _gap_findings(timestamp_us, steps, what)
+
+
+def spread_findings(spans_us: Mapping[str, tuple[int, int]]) -> Iterator[Finding]:
+    """Check that cameras start and end together.
+
+    Args:
+        spans_us: camera -> first and last frame time.
+    """
+    for end, index in (("start", 0), ("end", 1)):
+        times = {camera: span[index] for camera, span in spans_us.items()}
+        first, last = min(times, key=times.__getitem__), max(times, key=times.__getitem__)
+        if (spread_us := times[last] - times[first]) > MAX_SPREAD_US:
+            yield warn(
+                "cameras-apart",
+                f"{last} {end}s {seconds(spread_us):.2f} s after {first}; at most {seconds(MAX_SPREAD_US)} s expected",
+            )
+
+
+def coverage_findings(log_span_us: tuple[int, int], camera_span_us: tuple[int, int], what: str) -> Iterator[Finding]:
+    """Check that a log of the car's motion covers the span of the cameras.
+
+    Args:
+        log_span_us: first and last time of the log.
+        camera_span_us: from the first camera's first frame to the last camera's last.
+        what: names the log: `egomotion`, `speed`.
+    """
+    start, end = max(log_span_us[0], camera_span_us[0]), min(log_span_us[1], camera_span_us[1])
+    length = max(camera_span_us[1] - camera_span_us[0], 1)
+    share = max(end - start, 0) / length
+    if share < 1:
+        make = warn if share >= MIN_COVERED_SHARE else refuse
+        yield make(
+            "ego-does-not-cover",
+            f"{what} spans {_span(log_span_us)}, the cameras {_span(camera_span_us)}: {share:.0%} of it is covered",
+        )
+
+
+def _gap_findings(timestamp_us: Int64Array, steps: Int64Array, what: str) -> Iterator[Finding]:
+    typical_us = typical_period_us(timestamp_us)
+    gaps = np.flatnonzero(steps > GAP_PERIODS * typical_us)
+    if len(gaps):
+        widest = int(gaps[np.argmax(steps[gaps])])
+        make = refuse if steps[widest] > MAX_GAP_US else warn
+        yield make(
+            "time-gap",
+            f"{what}: {len(gaps)} gaps, the widest {seconds(int(steps[widest])):.3f} s after row {widest}; "
+            f"every {seconds(typical_us):.3f} s expected",
+        )
+
+
+def _span(span_us: tuple[int, int]) -> str:
+    return f"{seconds(span_us[0]):.2f}..{seconds(span_us[1]):.2f} s"
