@@ -1,0 +1,129 @@
+"""The vision-language families that omni knows, and the published shapes of the models its profiles name.
+
+The shapes come from the `config.json` that each model's hub repository publishes. They let a dry run count parameters
+and tokens without a network; a real run reads the configuration that comes with the weights.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig, Qwen2_5_VLConfig, Qwen3VLConfig
+
+from omni_cli.errors import OmniError, UsageError
+
+TINY_PREFIX = "tiny:"
+
+
+@dataclass(frozen=True)
+class VisionFamily:
+    """What a family asks of its pixels."""
+
+    name: str
+    patch_px: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    merge: int = 2
+    temporal_patch: int = 2
+
+
+_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+FAMILIES = {
+    "qwen2_5_vl": VisionFamily("qwen2_5_vl", 14, _CLIP_MEAN, _CLIP_STD),
+    "qwen3_vl": VisionFamily("qwen3_vl", 16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+
+_SPECIAL_IDS = {"vision_start_token_id": 151652, "vision_end_token_id": 151653}
+_QWEN2_5_VISION = {
+    "depth": 32,
+    "hidden_size": 1280,
+    "num_heads": 16,
+    "intermediate_size": 3420,
+    "patch_size": 14,
+    "window_size": 112,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+    "tokens_per_second": 2,
+}
+_QWEN3_VISION = {
+    "depth": 27,
+    "hidden_size": 1152,
+    "num_heads": 16,
+    "intermediate_size": 4304,
+    "patch_size": 16,
+    "num_position_embeddings": 2304,
+    "deepstack_visual_indexes": [8, 16, 24],
+}
+
+
+def _qwen2_5(*, hidden: int, layers: int, heads: int, kv: int, inner: int, vocab: int, tied: bool) -> PreTrainedConfig:
+    rope = {"rope_type": "default", "rope_theta": 1_000_000.0, "mrope_section": [16, 24, 24]}
+    text = _text(hidden, layers, heads, kv) | {"intermediate_size": inner, "vocab_size": vocab, "rope_parameters": rope}
+    vision = {**_QWEN2_5_VISION, "out_hidden_size": hidden}
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied, **_SPECIAL_IDS)
+
+
+def _qwen3(*, hidden: int, layers: int, heads: int, kv: int, inner: int, vocab: int, tied: bool) -> PreTrainedConfig:
+    rope = {"rope_type": "default", "rope_theta": 5_000_000.0, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
+    text = _text(hidden, layers, heads, kv) | {"intermediate_size": inner, "vocab_size": vocab, "rope_parameters": rope}
+    vision = {**_QWEN3_VISION, "out_hidden_size": hidden}
+    config = {"text_config": {**text, "head_dim": 128}, "vision_config": vision, "tie_word_embeddings": tied}
+    return Qwen3VLConfig(**config, **_SPECIAL_IDS)
+
+
+def _text(hidden: int, layers: int, heads: int, kv: int) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+    }
+
+
+def _shape(hidden: int, layers: int, heads: int, kv: int, **rest: Any) -> dict[str, Any]:
+    return {"hidden": hidden, "layers": layers, "heads": heads, "kv": kv, **rest}
+
+
+_PUBLISHED: dict[str, tuple[Callable[..., PreTrainedConfig], dict[str, Any]]] = {
+    "Qwen/Qwen2.5-VL-3B-Instruct": (_qwen2_5, _shape(2048, 36, 16, 2, inner=11008, vocab=151936, tied=True)),
+    "Qwen/Qwen2.5-VL-7B-Instruct": (_qwen2_5, _shape(3584, 28, 28, 4, inner=18944, vocab=152064, tied=False)),
+    "Qwen/Qwen3-VL-8B-Instruct": (_qwen3, _shape(4096, 36, 32, 8, inner=12288, vocab=151936, tied=False)),
+}
+
+
+def is_tiny(model: str) -> bool:
+    """Say whether a model is built here from a seed."""
+    return model.startswith(TINY_PREFIX)
+
+
+def family_of(model: str) -> VisionFamily:
+    """Return the family of a `tiny:FAMILY`, a published id, a local folder, or any other hub id.
+
+    Raises:
+        UsageError: omni cannot preprocess pictures for that family.
+    """
+    name = model.removeprefix(TINY_PREFIX) if is_tiny(model) else model_config(model).model_type
+    if name not in FAMILIES:
+        raise UsageError(f"model {model}: family {name!r} is not supported; choose one of {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def model_config(model: str) -> PreTrainedConfig:
+    """Return the configuration of a published id, a local folder or another hub id.
+
+    Raises:
+        OmniError: it is not here and the hub cannot be reached.
+    """
+    if model in _PUBLISHED and not Path(model).is_dir():
+        build, shape = _PUBLISHED[model]
+        return build(**shape)
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise OmniError(f"cannot read the configuration of model {model!r}: {str(error).splitlines()[0]}") from None
+
+
+def hub_arguments(model: str) -> dict[str, Any]:
+    """Return what `from_pretrained` needs beyond the name: nothing is ever executed from a repository."""
+    return {"pretrained_model_name_or_path": model, "trust_remote_code": False}

@@ -1,0 +1,191 @@
+"""Loading Qwen-VL models and calling them the one right way: our rope ids, a frozen tower outside autograd."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from omni_cli import files
+from omni_cli.errors import OmniError, UsageError
+from omni_cli.models.families import hub_arguments
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# The vision tower and the head stay in 16 bit; "visual" alone would spare nothing (transformers 5.23).
+_NOT_QUANTISED = ["model.visual", "lm_head"]
+
+
+def load_model(source: str, dtype: torch.dtype, quantization: str = "none") -> PreTrainedModel:
+    """Load weights from a folder or the hub.
+
+    Raises:
+        OmniError: they are not there, or the hub cannot be reached.
+    """
+    extra: dict[str, Any] = {}
+    if quantization == "nf4":
+        extra["quantization_config"] = _nf4(dtype)
+    try:
+        return AutoModelForImageTextToText.from_pretrained(**hub_arguments(source), dtype=dtype, **extra)
+    except (OSError, ValueError, ImportError) as error:
+        raise OmniError(f"cannot load model {source!r}: {str(error).splitlines()[0]}") from None
+
+
+def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """Return a model whose weights have shapes and no storage."""
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)
+
+
+def load_tokenizer(source: str) -> Any:
+    """Load a tokenizer from a folder or the hub.
+
+    Raises:
+        OmniError: it is not there, or the hub cannot be reached.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(**hub_arguments(source))
+    except (OSError, ValueError) as error:
+        raise OmniError(f"cannot load the tokenizer of {source!r}: {str(error).splitlines()[0]}") from None
+
+
+def base_of(model: nn.Module) -> Any:
+    """Return the Qwen-VL model inside a PEFT model or a data-parallel wrapper."""
+    inner: Any = model.module if hasattr(model, "module") and isinstance(model.module, nn.Module) else model
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
+def tower_is_frozen(model: nn.Module) -> bool:
+    """Say whether no weight of the vision tower learns."""
+    return not any(weight.requires_grad for weight in base_of(model).model.visual.parameters())
+
+
+def video_features(model: nn.Module, pixel_values: Tensor, grids: Tensor) -> Any:
+    """Return the vision tower's output, outside autograd where the tower is frozen.
+
+    Args:
+        model: a Qwen-VL model, wrapped or not.
+        pixel_values: (patches, values) of all windows, as `Preprocess.pixel_values` makes them.
+        grids: (windows, 3) patches in time, height and width.
+    """
+    base = base_of(model)
+    learning = torch.is_grad_enabled() and not tower_is_frozen(model)
+    with torch.set_grad_enabled(learning):
+        return base.get_video_features(pixel_values, grids, return_dict=True)
+
+
+def repeat_features(features: Any, windows: int) -> Any:
+    """Return the output of one window as if each of `windows` had been looked at: exact, and as cheap as one."""
+    features.pooler_output = features.pooler_output * windows  # a tuple of one tensor a window
+    if getattr(features, "deepstack_features", None) is not None:
+        features.deepstack_features = [level * windows for level in features.deepstack_features]
+    return features
+
+
+def forward_logits(model: nn.Module, batch: Any, features: Any, keep: Tensor) -> Tensor:
+    """Return logits (windows, kept positions, vocabulary).
+
+    Args:
+        model: the model as the Trainer sees it, so that data-parallel hooks run.
+        batch: input_ids (n, l), attention_mask (n, l) and position_ids (4, n, l).
+        features: what `video_features` returned.
+        keep: (k,) positions whose logits are wanted; the head is not run on any other.
+    """
+    output = model(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        position_ids=batch["position_ids"],
+        mm_encoder_outputs={"video": features},
+        logits_to_keep=keep,
+        use_cache=False,
+    )
+    logits: Tensor = output.logits
+    return logits
+
+
+@torch.no_grad()
+def generate_text(
+    model: nn.Module, tokenizer: Any, batch: Any, features: Any, *, max_new_tokens: int, end: str
+) -> list[str]:
+    """Answer greedily; the batch is padded on the left.
+
+    Args:
+        model: a Qwen-VL model.
+        tokenizer: its tokenizer.
+        batch: input_ids (n, l), attention_mask (n, l) and position_ids (4, n, l).
+        features: what `video_features` returned.
+        max_new_tokens: longest answer.
+        end: the token that ends an answer.
+    """
+    length = batch["input_ids"].shape[1]
+    tokens = model.generate(  # type: ignore[operator]  # GenerationMixin, which nn.Module does not declare
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        position_ids=batch["position_ids"],
+        mm_encoder_outputs={"video": features},
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=tokenizer.convert_tokens_to_ids(end),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return list(tokenizer.batch_decode(tokens[:, length:], skip_special_tokens=True))
+
+
+def pad_rows(rows: Sequence[Tensor], value: int, *, left: bool = False) -> Tensor:
+    """Stack tensors (…, length) into (n, …, longest)."""
+    longest = max(row.shape[-1] for row in rows)
+    padded = []
+    for row in rows:
+        missing = longest - row.shape[-1]
+        padded.append(nn.functional.pad(row, (missing, 0) if left else (0, missing), value=value))
+    return torch.stack(padded)
+
+
+def place(model: nn.Module, device: str, dtype: str | None) -> nn.Module:
+    """Move a model to a device; cast its weights, where they are not quantised, and never its rope tables.
+
+    Raises:
+        UsageError: there is no such device or type.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
+    try:
+        model = model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {device}: {str(error).splitlines()[0]}; expected cpu, cuda or cuda:N") from None
+    if dtype is not None:
+        for weight in model.parameters():
+            if weight.is_floating_point():
+                weight.data = weight.data.to(DTYPES[dtype])
+    return model
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write weights (of the adapter alone, where there is one), configuration and tokenizer in the hub's layout."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def weights_fingerprint(source: str) -> str:
+    """Return a hash of the weights in a local folder, or a hub id as it is."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return source
+    return files.hash_json({path.name: files.sha256_of(path) for path in sorted(folder.glob("*.safetensors"))})
+
+
+def _nf4(dtype: torch.dtype) -> Any:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=_NOT_QUANTISED,
+    )

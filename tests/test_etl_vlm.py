@@ -1,0 +1,56 @@
+"""The `vlm` recipe's shards from the dataset's own layout: several cameras, tokens, a leak check."""
+
+import numpy as np
+import pytest
+
+from omni_cli.errors import DataError
+from omni_cli.recipe import SampleSettings
+from omni_cli.recipes.vlm import Vlm
+from omni_cli.report import Console
+from omni_cli.samples.dataset import WindowDataset
+from omni_cli.samples.shards import open_shards
+from omni_cli.samples.splits import check_no_leak
+from omni_cli.stages.etl import EtlRequest, etl
+from tests.support import pai
+
+SAMPLE = SampleSettings(cameras=",".join(pai.CAMERAS), window=8, stride=4, canvas_px=112, aspect=4 / 3)
+RECIPE = Vlm(model="tiny:qwen2_5_vl", sample=SAMPLE)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    data = tmp_path_factory.mktemp("data")
+    pai.write_repository(data / "raw" / "synthetic", clips=3)
+    result = etl(RECIPE, EtlRequest(data=data, workers=0), Console(quiet=True))
+    return result, open_shards(data / "shards" / result["shards"].rpartition("/")[2])
+
+
+def test_windows_of_two_cameras_have_their_skew_and_their_motion(made):
+    result, shards = made
+    assert (result["recordings"], result["windows"]) == (3, {"train": 6, "val": 3})
+    assert result["skew_ms"] == {"median": 93.0, "max": 93.0}  # 7 ms later means 93 ms earlier, one frame before
+    row = WindowDataset(shards, "train")[0]
+    assert row["displacement_m"] == pytest.approx(0.7 * pai.SPEED_MPS)
+    assert row["canvases"].shape == (8, *[shards.manifest.preprocess.canvas_height_px, 112], 3)
+    greys = row["canvases"][:, 20, [28, 84], 0].numpy().astype(int)
+    assert (np.diff(greys, axis=0) > 5).all()  # the pictures brighten by 10 a frame
+    assert (greys[:, 0] > greys[:, 1]).all()  # and the rear camera shows the frame before
+
+
+def test_each_window_has_the_tokens_of_its_answer(made):
+    result, shards = made
+    dataset = WindowDataset(shards, "train", result["sidecar"])
+    tokenizer = RECIPE.tokenizer(dataset.preprocess)
+    for index in range(len(dataset)):
+        row = dataset.row(index)
+        answer = tokenizer.decode(row["labels"][row["labels"] >= 0])
+        assert f"Total displacement: {row['displacement_m']:.2f}m." in answer
+        assert row["position_ids"].shape == (4, len(row["input_ids"]))
+        assert not any(text in tokenizer.decode(row["input_ids"]) for text in (row["recording"], "train", ".mp4"))
+
+
+def test_the_manifest_shows_no_leak_and_a_leak_would_be_found(made):
+    entries = made[1].manifest.recordings
+    check_no_leak([(entry.id, entry.group, entry.windows) for entry in entries], "hash")
+    with pytest.raises(DataError, match="windows in train and in val"):
+        check_no_leak([(entry.id, "one drive", entry.windows) for entry in entries], "hash")

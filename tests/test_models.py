@@ -1,0 +1,212 @@
+"""Qwen-VL models: rope ids, batches, adapters, and the checks that guard them."""
+
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+
+from omni_cli.errors import OmniError
+from omni_cli.models import adapters, losses, qwen_vl
+from omni_cli.models.rope import rope_ids
+from omni_cli.recipes.vlm import Vlm
+
+FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+
+
+def recipe(family: str, mode: str = "full", **train: Any) -> Vlm:
+    sample = {"cameras": "4-cam", "window": 4, "canvas_px": 112}
+    return Vlm(model=f"tiny:{family}", precision="float32", sample=sample, tune={"mode": mode, "rank": 4}, train=train)
+
+
+def make_rows(vlm: Vlm, speeds: list[float]) -> list[dict[str, Any]]:
+    preprocess = vlm.preprocess()
+    targets = [{"start_speed_mps": v, "mean_speed_mps": v, "displacement_m": 0.3 * v} for v in speeds]
+    generator = torch.Generator().manual_seed(0)
+    shape = (4, preprocess.canvas_height_px, preprocess.canvas_width_px, 3)
+    rows = []
+    for row in vlm.encode_windows(pa.Table.from_pylist(targets), preprocess).to_pylist():
+        tensors = {name: torch.tensor(values) for name, values in row.items()}
+        tensors["position_ids"] = tensors["position_ids"].view(4, -1)
+        pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        rows.append({**tensors, "canvases": pixels})
+    return rows
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batched_losses_equal_single_ones(family: str) -> None:
+    vlm = recipe(family)
+    preprocess, built, rows = vlm.preprocess(), vlm.build(vlm.preprocess()), make_rows(vlm, [3.2, 115.75, -0.5])
+    built.model.eval()
+    with torch.no_grad():
+        together = vlm.loss(built.model, vlm.collate(rows, preprocess), preprocess)
+        alone = [vlm.loss(built.model, vlm.collate([row], preprocess), preprocess) for row in rows]
+    assert int(together.count) == sum(int(loss.count) for loss in alone)
+    mean = sum(float(loss.total) for loss in alone) / int(together.count)
+    assert float(together.total) / int(together.count) == pytest.approx(mean, abs=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batched_logits_equal_single_ones(family: str) -> None:
+    vlm = recipe(family)
+    preprocess, rows = vlm.preprocess(), make_rows(vlm, [3.2, 115.75])
+    model = vlm.build(preprocess).model.eval()
+
+    def logits(some: list[dict[str, Any]]) -> torch.Tensor:
+        batch = vlm.collate(some, preprocess)
+        features = qwen_vl.video_features(
+            model, preprocess.pixel_values(batch["canvases"]), torch.tensor([preprocess.grid] * len(some))
+        )
+        return qwen_vl.forward_logits(model, batch, features, torch.arange(batch["input_ids"].shape[1]))
+
+    with torch.no_grad():
+        both = logits(rows)
+        for index, row in enumerate(rows):
+            length = len(row["input_ids"])
+            assert torch.allclose(both[index, :length], logits([row])[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_the_librarys_own_forward(family: str) -> None:
+    """The library computes features and positions itself; a short wide video has the same positions in both."""
+    vlm = recipe(family)
+    preprocess, (row,) = vlm.preprocess(), make_rows(vlm, [7.5])
+    model = vlm.build(preprocess).model.eval()
+    batch = vlm.collate([row], preprocess)
+    pixels, grid = preprocess.pixel_values(batch["canvases"]), torch.tensor([preprocess.grid])
+    video = model.config.video_token_id
+    with torch.no_grad():
+        features = qwen_vl.video_features(model, pixels, grid)
+        ours = qwen_vl.forward_logits(model, batch, features, torch.arange(len(row["input_ids"])))
+        theirs = model(
+            input_ids=batch["input_ids"],
+            pixel_values_videos=pixels,
+            video_grid_thw=grid,
+            mm_token_type_ids=(batch["input_ids"] == video).int() * 2,
+            second_per_grid_ts=torch.tensor([preprocess.seconds_per_grid]),
+        ).logits
+    assert torch.allclose(ours, theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("text_before", "grid", "time_step", "after"), [(3, (2, 4, 8), 2.0, 7), (3, (16, 4, 8), 2.0, 34)]
+)
+def test_text_goes_on_after_the_largest_position(text_before, grid, time_step, after) -> None:
+    """transformers 4.57 and serving stacks continue at max() + 1; 5.x restarts at 7 in both cases (measured)."""
+    video = [9] * (grid[0] * grid[1] * grid[2] // 4)
+    ids = rope_ids([1] * text_before + video + [1], video_token=9, grid=grid, merge=2, time_step=time_step)
+    assert ids[0].tolist() == list(range(text_before + len(video) + 1))
+    assert ids[1:, -1].tolist() == [after] * 3
+    assert ids[1, text_before + len(video) - 1] == text_before + int((grid[0] - 1) * time_step)
+
+
+def test_fractional_time_steps_are_truncated_after_multiplication() -> None:
+    ids = rope_ids([9] * 8, video_token=9, grid=(8, 2, 2), merge=2, time_step=0.4)
+    assert ids[1].tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
+
+
+def test_placeholders_that_do_not_match_the_grid_are_an_error() -> None:
+    with pytest.raises(ValueError, match="3 video tokens"):
+        rope_ids([9] * 3, video_token=9, grid=(1, 4, 4), merge=2, time_step=1.0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mode", ["lora", "dora"])
+def test_an_adapter_starts_as_its_base_and_sits_on_the_language_model_alone(family: str, mode: str) -> None:
+    vlm, full = recipe(family, mode), recipe(family)
+    preprocess, rows = vlm.preprocess(), make_rows(vlm, [3.0])
+    adapted, base = vlm.build(preprocess).model.eval(), full.build(preprocess).model.eval()
+    batch = vlm.collate(rows, preprocess)
+    with torch.no_grad():
+        difference = vlm.loss(adapted, batch, preprocess).total - full.loss(base, batch, preprocess).total
+    assert abs(float(difference)) < 1e-4
+    names = [name for name, weight in adapted.named_parameters() if weight.requires_grad]
+    assert len(names) == 2 * 4 * (3 if mode == "dora" else 2)
+    assert all(".language_model.layers." in name for name in names)
+
+
+def test_trainable_count_of_a_published_model() -> None:
+    """Qwen2.5-VL-7B with r=16 on q,k,v,o: 16 x 28 x (2 (3584 + 3584) + 2 (3584 + 512))."""
+    vlm = Vlm(model="Qwen/Qwen2.5-VL-7B-Instruct", tune={"rank": 16, "alpha": 32})
+    total, trainable, weight_bytes = vlm.size(vlm.preprocess())
+    assert trainable == 16 * 28 * (2 * (3584 + 3584) + 2 * (3584 + 512)) == 10_092_544
+    assert total == 8_292_166_656
+    assert weight_bytes == 2 * total
+
+
+def test_a_wrong_adapter_is_found() -> None:
+    vlm = recipe("qwen2_5_vl", "lora")
+    model = vlm.build(vlm.preprocess()).model
+    asked = adapters.AdapterSpec(rank=8, alpha=32, dropout=0.0, targets=("q_proj", "k_proj", "v_proj", "o_proj"))
+    with pytest.raises(OmniError, match=r"has rank 4 and scale 8\.0; asked for 8 and 4\.0"):
+        adapters.verify(model, asked)
+    narrower = adapters.AdapterSpec(rank=4, alpha=32, dropout=0.0, targets=("q_proj",))
+    with pytest.raises(OmniError, match="adapter sits on"):
+        adapters.verify(model, narrower)
+
+
+def test_gradient_check_names_the_tensor() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    model[0].requires_grad_(requires_grad=False)
+    model(torch.ones(1, 2)).sum().backward()
+    adapters.check_gradients(model)
+    model[1].weight.grad.fill_(float("nan"))
+    with pytest.raises(OmniError, match=r"gradient of 1\.weight is not finite"):
+        adapters.check_gradients(model)
+    model[1].weight.grad.zero_()
+    with pytest.raises(OmniError, match=r"1\.weight is exactly zero"):
+        adapters.check_gradients(model)
+    model[1].weight.grad = None
+    with pytest.raises(OmniError, match=r"1\.weight received no gradient"):
+        adapters.check_gradients(model)
+    model[1].weight.grad = torch.ones(2, 2)
+    model[0].bias.grad = torch.ones(2)
+    with pytest.raises(OmniError, match=r"frozen weight 0\.bias"):
+        adapters.check_gradients(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_frozen_tower_is_outside_autograd(family: str) -> None:
+    vlm = recipe(family, "lora")
+    preprocess = vlm.preprocess()
+    model = vlm.build(preprocess).model
+    pixels = preprocess.pixel_values(make_rows(vlm, [1.0])[0]["canvases"][None])
+    features = qwen_vl.video_features(model, pixels, torch.tensor([preprocess.grid]))
+    assert not features.pooler_output[0].requires_grad
+    full = recipe(family).build(preprocess).model
+    assert qwen_vl.video_features(full, pixels, torch.tensor([preprocess.grid])).pooler_output[0].requires_grad
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blind_training_is_exactly_grey_pictures(family: str) -> None:
+    blind, seeing = recipe(family, blind=True), recipe(family)
+    preprocess, rows = blind.preprocess(), make_rows(blind, [3.0, 12.5])
+    model = seeing.build(preprocess).model.eval()
+    grey = [{**row, "canvases": torch.full_like(row["canvases"], 128)} for row in rows]
+    with torch.no_grad():
+        shared = blind.loss(model, blind.collate(rows, preprocess), preprocess).total
+        drawn = seeing.loss(model, seeing.collate(grey, preprocess), preprocess).total
+    assert float(shared) == pytest.approx(float(drawn), abs=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_of_answers_equals_single_answers(family: str) -> None:
+    vlm = recipe(family)
+    preprocess, rows = vlm.preprocess(), make_rows(vlm, [3.0, 12.5])
+    built = vlm.build(preprocess)
+    built.model.eval()
+    together = [prediction.text for prediction in vlm.predict(built, rows, preprocess)]
+    assert together == [vlm.predict(built, [row], preprocess)[0].text for row in rows]
+
+
+def test_token_loss_counts_only_labelled_tokens() -> None:
+    logits, labels = torch.randn(2, 6, 11), torch.randint(0, 11, (2, 6))
+    labels[:, :3] = losses.IGNORED
+    labels[1, 5] = losses.IGNORED
+    positions = losses.labelled_positions(labels)
+    total, count = losses.token_loss(logits[:, positions], labels, positions)
+    expected = torch.nn.functional.cross_entropy(
+        logits[:, :-1].reshape(-1, 11), labels[:, 1:].reshape(-1), reduction="sum"
+    )
+    assert int(count) == 5
+    assert torch.allclose(total, expected)

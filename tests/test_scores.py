@@ -1,0 +1,59 @@
+"""Metrics, baselines, intervals and controls against independent references."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from omni_cli.scores.baselines import constant_median, constant_velocity
+from omni_cli.scores.controls import swap_between_groups
+from omni_cli.scores.intervals import interval_by_recording
+from omni_cli.scores.metrics import absolute_errors, collect
+
+
+def test_an_unreadable_answer_scores_as_the_median_would() -> None:
+    answers = collect("v", [{"v": 3.0}, None], [4.0, 10.0], ["a", "b"])
+    assert answers.unreadable == 0.5
+    assert absolute_errors(answers, fallback=5.0).tolist() == [1.0, 5.0]
+
+
+def test_no_constant_beats_the_median() -> None:
+    truth = np.random.default_rng(0).exponential(size=501)
+    best = np.abs(constant_median(truth, 501) - truth).mean()
+    assert all(best <= np.abs(value - truth).mean() for value in np.linspace(0, 5, 200))
+
+
+def test_constant_velocity() -> None:
+    speed, duration = np.array([2.0, -1.0]), np.array([0.7, 0.7])
+    assert constant_velocity("mean_speed_mps", speed, duration).tolist() == [2.0, -1.0]
+    assert constant_velocity("displacement_m", speed, duration) == pytest.approx([1.4, -0.7])
+    with pytest.raises(KeyError):
+        constant_velocity("dyaw_rad", speed, duration)
+
+
+def test_interval_of_independent_recordings_agrees_with_scipy() -> None:
+    values = np.random.default_rng(1).normal(5, 2, size=80)
+    low, high = interval_by_recording(values, [str(i) for i in range(80)])
+    theirs = stats.bootstrap((values,), np.mean, method="percentile", random_state=np.random.default_rng(2))
+    assert low == pytest.approx(theirs.confidence_interval.low, abs=0.1)
+    assert high == pytest.approx(theirs.confidence_interval.high, abs=0.1)
+
+
+def test_interval_is_wider_when_windows_of_a_recording_agree() -> None:
+    generator = np.random.default_rng(3)
+    values = np.repeat(generator.normal(5, 2, size=8), 20) + generator.normal(0, 0.1, size=160)
+    by_recording = interval_by_recording(values, np.repeat(list("abcdefgh"), 20).tolist())
+    as_if_independent = interval_by_recording(values, [str(i) for i in range(160)])
+    assert np.diff(by_recording) > 2 * np.diff(as_if_independent)
+
+
+def test_one_recording_has_no_interval() -> None:
+    assert interval_by_recording(np.ones(9), ["a"] * 9) is None
+
+
+def test_pictures_are_swapped_with_another_recording() -> None:
+    groups = list("aaabbc")
+    swapped = swap_between_groups(groups)
+    assert all(groups[own] != groups[other] for own, other in enumerate(swapped))
+    assert (swapped == swap_between_groups(groups)).all()
+    with pytest.raises(ValueError, match="at least two"):
+        swap_between_groups(["a", "a"])
