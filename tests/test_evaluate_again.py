@@ -1,0 +1,88 @@
+"""`omni eval` run again: the sealed report answers where it is the same question, and only there."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from omni_cli import files
+from omni_cli.errors import DataError
+from omni_cli.report import Console
+from omni_cli.stages import runs
+from omni_cli.stages.evaluate import EVAL, REPORT_FILE, EvalRequest, evaluate
+from omni_cli.stages.train import TrainRequest, train
+from tests.support.pipeline import QUIET, make_run, tiny_recipe, write_synthetic
+
+SEEING = EvalRequest(blind=False)
+NOTHING_TO_DO = "answers for these weights, shards and split; nothing to do"
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("again")
+    write_synthetic(folder / "data", cameras=("camera_front_wide_120fov",))
+    made = make_run(folder, tiny_recipe(cameras="1-cam"), data=folder / "data")
+    evaluate(made.recipe, made.run, SEEING, QUIET)
+    return made
+
+
+@pytest.fixture
+def made(original, tmp_path):
+    """A copy of the run and its report, which a test may spoil."""
+    folder = tmp_path / "runs" / "run"
+    shutil.copytree(original.run.folder.parent, folder.parent)
+    return replace(original, run=runs.open_finished(folder))
+
+
+def again(made, capsys, request=SEEING):
+    result = evaluate(made.recipe, made.run, request, Console())
+    return result, NOTHING_TO_DO in capsys.readouterr().err
+
+
+def test_the_same_question_is_answered_by_the_sealed_report(made, original, capsys):
+    result, skipped = again(made, capsys)
+    assert skipped
+    assert result["run"] == str(made.run.folder)
+    assert result["report"] == str(made.run.folder / EVAL / "report.html")
+    measured = files.read_json(original.run.folder / EVAL / REPORT_FILE)
+    assert {**result, "run": measured["run"]} == {
+        **measured, "report": result["report"], "pictures": result["pictures"]
+    }  # fmt: skip
+
+
+def test_another_split_is_another_question(made, capsys):
+    with pytest.raises(DataError, match="were trained on"):
+        again(made, capsys, EvalRequest(blind=False, split="train"))
+
+
+def test_a_report_without_the_blind_twin_does_not_answer_for_one_with_it(made, capsys):
+    result, skipped = again(made, capsys, EvalRequest())
+    assert not skipped
+    assert "trained blind" in {condition["name"] for condition in result["conditions"]}
+    assert again(made, capsys, EvalRequest())[1]
+
+
+def test_a_damaged_report_is_made_again(made, capsys):
+    path = made.run.folder / EVAL / REPORT_FILE
+    whole = files.read_json(path)
+    path.write_bytes(path.read_bytes().replace(b"0", b"1", 1))
+    assert not again(made, capsys)[1]
+    assert files.read_json(path)["conditions"] == whole["conditions"]
+    assert again(made, capsys)[1]
+
+
+def test_other_weights_are_measured(made, capsys):
+    faster = made.recipe.model_copy(update={"train": made.recipe.train.model_copy(update={"learning_rate": 2e-2})})
+    asked = TrainRequest(made.shards, made.data, made.run.folder.parent, "run", "test", fresh=True)
+    train(faster, asked, QUIET)
+    other = replace(made, recipe=faster, run=runs.open_finished(made.run.folder))
+    assert not again(other, capsys)[1]
+
+
+def test_one_short_recording_has_no_swapped_control_and_says_so(made, capsys):
+    """All validation windows are of one clip of 2.5 s: there is nothing to swap between."""
+    files.receipt_path(made.run.folder / EVAL).unlink()
+    result = evaluate(made.recipe, made.run, SEEING, Console())
+    assert "no control with swapped pictures: all windows are of 5 s of one recording" in capsys.readouterr().err
+    names = [condition["name"] for condition in result["conditions"]]
+    assert names == ["model", "first frame repeated", "constant median"]

@@ -1,0 +1,218 @@
+"""Training: what it proves, what it refuses, and that being killed changes nothing."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from omni_cli.config import resolve
+from omni_cli.errors import DataError, OmniError, UsageError
+from omni_cli.files import exclusive, sha256_of
+from omni_cli.profiles import load_profile
+from omni_cli.recipe import SampleSettings, TrainSettings
+from omni_cli.recipes.vlm import Vlm
+from omni_cli.report import Console
+from omni_cli.samples.shards import open_shards, write_manifest
+from omni_cli.stages import checkpoints, runs
+from omni_cli.stages.etl import EtlRequest, etl
+from omni_cli.stages.train import TrainRequest, train
+from tests.support.pipeline import QUIET, make_run, tiny_recipe, write_synthetic
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("train")
+    write_synthetic(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shards(data):
+    return {
+        family: Path(etl(tiny_recipe(family), EtlRequest(data=data, name=family, workers=0), QUIET)["shards"])
+        for family in ("qwen2_5_vl", "qwen3_vl")
+    }
+
+
+def request(shards: Path, folder: Path, **changes) -> TrainRequest:
+    return replace(TrainRequest(shards, folder, folder, "r", "cpu-tiny"), **changes)
+
+
+def weights_of(folder: Path) -> dict[str, str]:
+    return {path.name: sha256_of(path) for path in sorted((folder / "r" / "final").glob("*.safetensors"))}
+
+
+def start(folder: Path, shards: Path, family: str, mode: str) -> subprocess.Popen:
+    words = [str(folder), str(shards), family, mode, str(STEPS)]
+    return subprocess.Popen([sys.executable, "-m", "tests.support.train_once", *words])
+
+
+def kill_after_step(process: subprocess.Popen, folder: Path, wait_s: float) -> None:
+    """Kill once a first checkpoint is being written, at a moment nobody chose."""
+    deadline = time.monotonic() + 120
+    while not list((folder / "r" / "checkpoints").glob("checkpoint-*")) and process.poll() is None:
+        assert time.monotonic() < deadline, "no checkpoint in two minutes"
+        time.sleep(0.01)
+    time.sleep(wait_s)
+    process.kill()
+    process.wait()
+
+
+def check_killed_equals_undisturbed(tmp_path, shards, family, mode, kills) -> None:
+    undisturbed, killed = tmp_path / "a", tmp_path / "b"
+    assert start(undisturbed, shards, family, mode).wait() == 0
+    generator = random.Random(f"{family} {mode}")
+    for _ in range(kills):
+        kill_after_step(start(killed, shards, family, mode), killed, generator.uniform(0, 0.6))
+    assert start(killed, shards, family, mode).wait() == 0
+    assert weights_of(killed) == weights_of(undisturbed)
+    histories = [checkpoints.read_history(folder / "r") for folder in (killed, undisturbed)]
+    assert [line["loss"] for line in histories[0]] == [line["loss"] for line in histories[1]]
+
+
+@pytest.mark.parametrize(("family", "mode"), [("qwen2_5_vl", "full"), ("qwen3_vl", "full"), ("qwen2_5_vl", "lora")])
+def test_killed_and_run_again_the_weights_are_the_same_bit_for_bit(tmp_path, shards, family, mode) -> None:
+    check_killed_equals_undisturbed(tmp_path, shards[family], family, mode, kills=1)
+
+
+@pytest.mark.storm
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("mode", ["full", "lora", "dora"])
+def test_five_kills(tmp_path, shards, family, mode) -> None:
+    check_killed_equals_undisturbed(tmp_path, shards[family], family, mode, kills=5)
+
+
+def test_sigterm_saves_and_says_run_again(tmp_path, shards) -> None:
+    process = start(tmp_path, shards["qwen2_5_vl"], "qwen2_5_vl", "full")
+    while not list((tmp_path / "r" / "checkpoints").glob("checkpoint-*")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 75
+    newest = checkpoints.newest_checkpoint(tmp_path / "r" / "checkpoints")
+    assert newest is not None
+    assert 3 <= checkpoints.step_of(newest) < STEPS
+
+
+def test_a_damaged_checkpoint_does_not_count(tmp_path) -> None:
+    for step in (3, 6):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "weights").write_bytes(b"w" * step)
+        checkpoints.seal_checkpoint(folder, step)
+    assert checkpoints.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
+    (tmp_path / "checkpoint-6" / "weights").write_bytes(b"x" * 6)
+    (tmp_path / "checkpoint-9").mkdir()
+    assert checkpoints.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
+    checkpoints.remove_unsealed(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-3.receipt.json"]
+
+
+def test_a_run_records_what_it_learned_from_and_does_nothing_twice(tmp_path, data) -> None:
+    made = make_run(tmp_path, tiny_recipe(train=tiny_recipe().train.model_copy(update={"max_steps": 3})), data=data)
+    manifest, learned = made.run.manifest, made.run.learned()
+    assert manifest.recipe == "vlm"
+    assert manifest.preprocess == open_shards(made.shards).manifest.preprocess
+    assert learned.windows == open_shards(made.shards).manifest.count("train")
+    assert set(learned.recordings).isdisjoint(
+        entry.id for entry in open_shards(made.shards).manifest.recordings if entry.windows.get("val")
+    )
+    receipt = json.loads(made.run.final.with_name("final.receipt.json").read_text())
+    assert receipt["gradients_checked_at_step"] is not None
+    before = made.run.final.stat().st_mtime_ns
+    train(made.recipe, TrainRequest(made.shards, data, tmp_path / "runs", "run", "test"), QUIET)
+    assert made.run.final.stat().st_mtime_ns == before
+
+
+def test_other_settings_are_refused_and_fresh_starts_anew(tmp_path, shards) -> None:
+    first = tiny_recipe()
+    train(first, request(shards["qwen2_5_vl"], tmp_path), QUIET)
+    other = first.model_copy(update={"train": first.train.model_copy(update={"learning_rate": 0.5e-2})})
+    with pytest.raises(UsageError, match=r"settings.train.learning_rate: 0.01 -> 0.005.*--fresh"):
+        train(other, request(shards["qwen2_5_vl"], tmp_path), QUIET)
+    train(other, request(shards["qwen2_5_vl"], tmp_path, fresh=True), QUIET)
+    assert runs.open_finished(tmp_path / "r").manifest.settings["train"]["learning_rate"] == 0.5e-2
+
+
+def test_shards_that_do_not_fit_are_refused_with_the_right_command(tmp_path, shards) -> None:
+    wider = tiny_recipe(sample=SampleSettings(cameras="4-cam", window=4, stride=4, canvas_px=168))
+    with pytest.raises(UsageError, match=r"have canvas_width_px 112, this recipe asks for 168; .*omni etl --profile"):
+        train(wider, request(shards["qwen2_5_vl"], tmp_path), QUIET)
+    with pytest.raises(UsageError, match=r"have cameras .*asks for camera_front_wide_120fov; "):
+        train(tiny_recipe(cameras="1-cam"), request(shards["qwen2_5_vl"], tmp_path), QUIET)
+
+
+def test_a_sample_that_is_too_long_is_refused_never_cut(tmp_path, shards) -> None:
+    recipe = tiny_recipe(train=TrainSettings(max_tokens=20, gradient_checkpointing=False))
+    with pytest.raises(DataError, match=r"a sample has \d+ tokens, more than train.max_tokens = 20"):
+        train(recipe, request(shards["qwen2_5_vl"], tmp_path), QUIET)
+
+
+def test_an_empty_shard_folder_is_refused(tmp_path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"empty, it has no manifest\.json; finish it with: omni etl"):
+        train(tiny_recipe(), request(tmp_path / "empty", tmp_path), QUIET)
+
+
+def test_two_trainings_of_one_run_at_once_are_refused(tmp_path, shards) -> None:
+    with exclusive(tmp_path / "r", "training in"), pytest.raises(OmniError, match="another omni is training in"):
+        train(tiny_recipe(), request(shards["qwen2_5_vl"], tmp_path), QUIET)
+
+
+def test_accumulated_small_batches_learn_as_one_large_batch(tmp_path, shards) -> None:
+    """Rows have different numbers of labelled tokens: a mean of means would differ."""
+    final = {}
+    for name, batch, accumulation in (("one", 4, 1), ("four", 1, 4)):
+        settings = tiny_recipe().train.model_copy(
+            update={"batch_size": batch, "accumulation": accumulation, "learning_rate": 1e-3, "optimizer": "sgd"}
+        )
+        train(tiny_recipe(train=settings), request(shards["qwen2_5_vl"], tmp_path, run=name), QUIET)
+        recipe = tiny_recipe()
+        built = recipe.load(recipe.preprocess(), tmp_path / name / "final")
+        final[name] = torch.cat([weight.flatten() for weight in built.model.parameters()])
+    assert torch.allclose(final["one"], final["four"], atol=2e-6, rtol=0)
+
+
+def test_dry_run_of_another_machines_profile_touches_nothing(tmp_path) -> None:
+    recipe = resolve(Vlm, [load_profile("mi300x-4bit").recipe_layer("vlm")]).value
+    plan = train(recipe, request(None, tmp_path, dry_run=True, profile="mi300x-4bit"), QUIET)
+    assert plan["trainable_parameters"] == 61_341_696
+    assert plan["visual_tokens_per_sample"] == 1152
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_shards_the_raw_data_are_cut_first(tmp_path, data, capsys) -> None:
+    mine = tmp_path / "data"
+    mine.mkdir()
+    (mine / "raw").symlink_to(data / "raw")
+    asked = TrainRequest(None, mine, tmp_path, "r", "cpu-tiny")
+    train(tiny_recipe(), asked, Console())
+    assert "no shards yet: omni etl comes first, on " in capsys.readouterr().err
+    assert runs.open_finished(tmp_path / "r").manifest.shards.folder.startswith(str(mine / "shards"))
+
+
+def test_without_shards_and_without_raw_data_it_says_how_to_get_some(tmp_path) -> None:
+    with pytest.raises(UsageError, match=r"no data folder .*; get some with: omni fetch --source synthetic"):
+        train(tiny_recipe(), TrainRequest(None, tmp_path / "data", tmp_path, "r", "cpu-tiny"), QUIET)
+
+
+def test_shards_that_leak_are_refused(tmp_path, shards) -> None:
+    """One drive in train and in val, as a shard set of another hand may have it."""
+    leaky = tmp_path / "leaky"
+    shutil.copytree(shards["qwen2_5_vl"], leaky)
+    manifest = open_shards(leaky).manifest
+    one_drive = tuple(entry.model_copy(update={"group": "one drive"}) for entry in manifest.recordings)
+    assert {split for entry in one_drive for split, count in entry.windows.items() if count} == {"train", "val"}
+    write_manifest(leaky, manifest.model_copy(update={"recordings": one_drive}))
+    with pytest.raises(DataError, match=r"one drive has windows in train and in val \(1 such groups\)"):
+        train(tiny_recipe(), request(leaky, tmp_path), QUIET)
+    assert not (tmp_path / "r" / "run.json").exists()
