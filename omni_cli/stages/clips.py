@@ -1,0 +1,123 @@
+"""What a user means by a clip: a video file, a folder of them, the views of one drive, or the id of a recording."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from omni_cli.config import nearest
+from omni_cli.errors import UsageError
+from omni_cli.samples.preprocess import Preprocess
+from omni_cli.samples.views import MOSAIC
+from omni_cli.scene.recording import Recording
+from omni_cli.sources import open_source, source_names
+from omni_cli.sources.video_file import video_recording
+from omni_cli.stages import locate
+
+_VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".ts")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Something to be asked about; nothing of it is read before it is opened."""
+
+    name: str
+    open: Callable[[], Recording]
+
+
+def find_clips(
+    preprocess: Preprocess, words: Sequence[str], cameras: Mapping[str, Path], data: Path, *, tiled: bool
+) -> tuple[Clip, ...]:
+    """Return the clips that a user named, for a model that looks at the cameras of `preprocess`.
+
+    Args:
+        preprocess: of the model.
+        words: files, folders of files, or recording ids.
+        cameras: the views of one drive, by camera.
+        data: where recordings are looked for.
+        tiled: each file is a ready mosaic.
+
+    Raises:
+        UsageError: nothing is named, a file or recording is not there, or a camera is missing.
+    """
+    if bool(words) == bool(cameras):
+        raise UsageError("name clips, or the views of one drive with --camera NAME=FILE for each; not both, nor none")
+    if cameras:
+        return (_named_views(preprocess, cameras, tiled=tiled),)
+    clips = [clip for word in words for clip in _clips_of(word, preprocess, data, tiled=tiled)]
+    return tuple(_told_apart(clips))
+
+
+def _named_views(preprocess: Preprocess, cameras: Mapping[str, Path], *, tiled: bool) -> Clip:
+    if tiled:
+        raise UsageError("--tiled asks about ready mosaics, --camera about single views; give one of them")
+    if unknown := [name for name in cameras if name not in preprocess.cameras]:
+        raise UsageError(
+            f"--camera {unknown[0]}: the model does not know it; {nearest(unknown[0], preprocess.cameras)}"
+        )
+    if missing := [name for name in preprocess.cameras if name not in cameras]:
+        raise UsageError(f"missing {', '.join(missing)}: {_needed(preprocess)}")
+    ordered = {name: cameras[name] for name in preprocess.cameras}
+    return Clip(next(iter(ordered.values())).stem, partial(video_recording, ordered))
+
+
+def _clips_of(word: str, preprocess: Preprocess, data: Path, *, tiled: bool) -> list[Clip]:
+    path = Path(word)
+    if path.is_dir():
+        found = sorted(file for file in path.iterdir() if file.suffix.lower() in _VIDEO_SUFFIXES)
+        if not found:
+            raise UsageError(f"{path}: holds no video ({', '.join(_VIDEO_SUFFIXES)}); name files, or another folder")
+        return [_file_clip(file, preprocess, tiled=tiled) for file in found]
+    if path.is_file():
+        return [_file_clip(path, preprocess, tiled=tiled)]
+    return [_recording_clip(word, preprocess, data, tiled=tiled)]
+
+
+def _file_clip(path: Path, preprocess: Preprocess, *, tiled: bool) -> Clip:
+    if tiled:
+        return Clip(path.stem, partial(video_recording, {MOSAIC: path}))
+    if len(preprocess.cameras) > 1:
+        others = ", ".join(preprocess.cameras[1:])
+        raise UsageError(
+            f"{path} is one view ({preprocess.cameras[0]}?), missing {others}: {_needed(preprocess)}, "
+            "or --tiled where the file is a mosaic of them"
+        )
+    return Clip(path.stem, partial(video_recording, {preprocess.cameras[0]: path}))
+
+
+def _recording_clip(recording_id: str, preprocess: Preprocess, data: Path, *, tiled: bool) -> Clip:
+    if tiled:
+        raise UsageError(f"--tiled: no video file {recording_id}; a mosaic is a file")
+    for source, folder in _raw_folders(data):
+        reader = open_source(source, folder)
+        if any(ref.id == recording_id for ref in reader.recordings()):
+            return Clip(recording_id, partial(reader.open, recording_id, preprocess.cameras))
+    raise UsageError(
+        f"no video file {recording_id}, and no recording of that id under {data}; "
+        "give a clip such as clip.mp4, or an id that `omni audit` lists"
+    )
+
+
+def _raw_folders(data: Path) -> list[tuple[str, Path]]:
+    raw = data / "raw"
+    if raw.is_dir():
+        return [(name, raw / name) for name in source_names() if (raw / name).is_dir()]
+    layout = locate.layout_of(data) if data.is_dir() else None
+    return [(layout, data)] if layout else []
+
+
+def _needed(preprocess: Preprocess) -> str:
+    count = len(preprocess.cameras)
+    return f"the model looks at {count} cameras; give --camera NAME=FILE for each, or the id of a recording"
+
+
+def _told_apart(clips: Sequence[Clip]) -> list[Clip]:
+    """Number clips that share a name, so that none overwrites another's answers."""
+    result: list[Clip] = []
+    for clip in clips:
+        taken, name, number = {one.name for one in result}, clip.name, 1
+        while name in taken:
+            number += 1
+            name = f"{clip.name}-{number}"
+        result.append(Clip(name, clip.open))
+    return result

@@ -1,0 +1,215 @@
+"""`omni infer`: ask a model about clips, with the very preprocessing that it was trained with."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from omni_cli import files
+from omni_cli.errors import DataError, OmniError
+from omni_cli.formats.video import Uint8Array
+from omni_cli.recipe import BuiltModel, Inferable, Prediction, Quantity, require
+from omni_cli.report import Console
+from omni_cli.samples import views
+from omni_cli.samples.preprocess import Preprocess
+from omni_cli.samples.shards import safe_name
+from omni_cli.samples.sync import PlannedWindow
+from omni_cli.scene.recording import Recording
+from omni_cli.stages import runs
+from omni_cli.stages.clips import Clip, find_clips
+from omni_cli.stages.merge import check_base
+from omni_cli.stages.models import ModelFolder
+from omni_cli.stages.overlay import Said, caption, write_overlay
+
+_BATCH = 8
+_LINES_SHOWN = 20  # of a clip's answers; all of them are in its file
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Who is asked."""
+
+    title: str
+    preprocess: Preprocess
+    weights: Path | None = None  # None: the recipe's base model, as it is
+    run: runs.Run | None = None
+
+
+@dataclass(frozen=True)
+class InferRequest:
+    """What a user asked of `omni infer`."""
+
+    clips: tuple[str, ...] = ()  # files, folders of files, recording ids
+    cameras: Mapping[str, Path] | None = None  # the views of one drive, by camera
+    tiled: bool = False  # the files are ready mosaics
+    data: Path = Path("data")
+    out: Path = Path("infer")
+    device: str | None = None  # None: a GPU where there is one
+    dtype: str | None = None  # None: as trained
+    overlay: bool = False
+    stride: int | None = None  # frames between the starts of two windows; None: as trained
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was said about one window."""
+
+    window: PlannedWindow
+    prediction: Prediction
+    truth: dict[str, float]
+
+    def line(self, clip: str) -> dict[str, Any]:
+        """Return the answer as one line of the clip's JSONL file."""
+        values = dict(self.prediction.values) if self.prediction.values is not None else None
+        truth = {"truth": self.truth} if self.truth else {}
+        times = {"start_us": self.window.start_us, "end_us": self.window.end_us}
+        return {"clip": clip, **times, "text": self.prediction.text, "values": values, **truth}
+
+
+def subject_of_run(run: runs.Run) -> Subject:
+    """Return the trained model of a run."""
+    return Subject(f"run {run.folder}", run.manifest.preprocess, run.final, run)
+
+
+def subject_of_model(model: ModelFolder) -> Subject:
+    """Return the model of a model folder."""
+    return Subject(f"model {model.folder}", model.card.preprocess, model.folder)
+
+
+def subject_of_base(recipe: Any) -> Subject:
+    """Return a recipe's base model, asked without any training."""
+    return Subject(f"base model {recipe.model}", recipe.preprocess())
+
+
+def infer(recipe: Any, subject: Subject, request: InferRequest, console: Console) -> dict[str, Any]:
+    """Ask a model about every window of some clips.
+
+    Of several clips one that fails is named and counted, and the others go on.
+
+    Raises:
+        UsageError: a clip or a camera is missing, or the options do not fit the model.
+        DataError: the only clip cannot be read, or gives the model less than it was trained on.
+    """
+    inferable: Inferable = require(recipe, Inferable)  # type: ignore[type-abstract]  # a protocol names the capability
+    clips = find_clips(subject.preprocess, request.clips, request.cameras or {}, request.data, tiled=request.tiled)
+    asker = Asker(inferable, _load(inferable, subject, request, console), subject.preprocess, request, console)
+    done, failures = [], {}
+    for clip in clips:
+        try:
+            done.append(asker.ask(clip))
+        except OmniError as error:
+            if len(clips) == 1:
+                raise
+            failures[clip.name] = str(error)
+            console.warn(f"{clip.name} failed: {error}")
+    if failures:
+        console.warn(f"{len(failures)} of {len(clips)} clips failed")
+    return {"model": subject.title, "clips": done, "failed": len(failures), "failures": failures}
+
+
+@dataclass(frozen=True)
+class Asker:
+    """Puts clips to one loaded model."""
+
+    recipe: Inferable
+    built: BuiltModel
+    preprocess: Preprocess
+    request: InferRequest
+    console: Console
+
+    def ask(self, clip: Clip) -> dict[str, Any]:
+        """Ask about one clip; write its answers, and the overlay where it is wanted; return what was made."""
+        recording = clip.open()
+        answers = self.answers(recording)
+        path = self.request.out / f"{safe_name(clip.name)}.jsonl"
+        lines = [answer.line(clip.name) for answer in answers]
+        files.commit(path, _writer(lines), windows=len(lines))
+        self._say(clip.name, answers, path)
+        unreadable = sum(answer.prediction.values is None for answer in answers)
+        facts = {"clip": clip.name, "windows": len(lines), "unreadable": unreadable, "file": str(path)}
+        return {**facts, "overlay": self._overlay(clip, recording, answers), "answers": lines}
+
+    def answers(self, recording: Recording) -> list[Answer]:
+        """Return what the model says of each window of a recording."""
+        recipe, preprocess = self.recipe, self.preprocess
+        max_age_us = round(recipe.sample.max_age_ms * 1000)
+        stride = self.request.stride or recipe.sample.stride
+        windows = views.plan_views(recording, preprocess, stride=stride, max_age_us=max_age_us)
+        motion = views.known_motion(recording, windows)
+        if preprocess.past_speed and not views.has_motion(recording):
+            raise DataError(
+                f"{recording.id}: the model is told the speed at the first frame, which a plain video does not hold; "
+                "give the id of a recording under --data, or a model trained with sample.past_speed = false"
+            )
+        said: list[Prediction] = []
+        canvases = views.window_canvases(recording, preprocess, windows)
+        with self.console.progress(f"infer {recording.id}", len(windows), "windows") as bar:
+            for start in range(0, len(windows), _BATCH):
+                rows = self._rows(canvases, motion[start : start + _BATCH])
+                said += recipe.predict(self.built, rows, preprocess)
+                bar.advance(len(rows))
+        truths = [_truth(row, recipe.quantities) for row in motion]
+        return [Answer(*one) for one in zip(windows, said, truths, strict=True)]
+
+    def _rows(self, canvases: Iterator[Uint8Array], motion: Sequence[Mapping[str, float]]) -> list[Any]:
+        return [
+            self.recipe.prompt_row(
+                torch.from_numpy(picture), self.preprocess, self.built.tokenizer, known.get("start_speed_mps", 0.0)
+            )
+            for picture, known in zip(islice(canvases, len(motion)), motion, strict=True)
+        ]
+
+    def _overlay(self, clip: Clip, recording: Recording, answers: Sequence[Answer]) -> str | None:
+        if not self.request.overlay:
+            return None
+        path = self.request.out / f"{safe_name(clip.name)}.mp4"
+        camera = views.MOSAIC if views.MOSAIC in recording.cameras else self.preprocess.cameras[0]
+        said = [Said(answer.window, answer.prediction.values, answer.truth) for answer in answers]
+        write_overlay(
+            path,
+            recording.cameras[camera],
+            said,
+            self.recipe.quantities,
+            rate_hz=self.preprocess.rate_hz,
+            decoder=self.preprocess.decoder,
+        )
+        self.console.say(f"overlay {path}")
+        return str(path)
+
+    def _say(self, name: str, answers: Sequence[Answer], path: Path) -> None:
+        for answer in answers[:_LINES_SHOWN]:
+            window, quantities = answer.window, self.recipe.quantities
+            span = f"{window.start_us / 1e6:.1f} .. {window.end_us / 1e6:.1f} s"
+            truth = f"  ({caption('truth', answer.truth, quantities)})" if answer.truth else ""
+            self.console.say(f"{name} {span}  {caption('model', answer.prediction.values, quantities)}{truth}")
+        self.console.say(f"{len(answers)} answers in {path}")
+
+
+def _load(recipe: Inferable, subject: Subject, request: InferRequest, console: Console) -> BuiltModel:
+    if subject.run is not None and recipe.tune.mode != "full":
+        check_base(recipe, subject.run)
+    if subject.weights is None:
+        built, note = recipe.load_base_to_ask(subject.preprocess)
+        console.warn(f"no training of ours: {note}")
+    else:
+        built = recipe.load(subject.preprocess, subject.weights)
+        console.say(f"asking {subject.title}")
+    device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return recipe.place(built, device, request.dtype)
+
+
+def _truth(motion: Mapping[str, float], quantities: Sequence[Quantity]) -> dict[str, float]:
+    return {quantity.column: motion[quantity.column] for quantity in quantities if quantity.column in motion}
+
+
+def _writer(lines: Sequence[Mapping[str, Any]]) -> Any:
+    content = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
+
+    def write(stream: BinaryIO) -> None:
+        stream.write(content.encode())
+
+    return write

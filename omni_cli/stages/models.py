@@ -1,0 +1,159 @@
+"""Model folders: a whole model in the hub's layout, and an `omni.json` that says how pictures become its inputs.
+
+MODEL/omni.json      recipe, settings, preprocessing, the run it comes from
+MODEL/config.json …  what `AutoModelForImageTextToText` and `AutoTokenizer` load
+MODEL.receipt.json   written last: every file with its size and hash
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from omni_cli import files
+from omni_cli.config import Layer, Settings, resolve
+from omni_cli.errors import DataError, UsageError
+from omni_cli.samples.preprocess import Preprocess
+from omni_cli.stages import runs
+
+FORMAT = 1
+CARD_FILE = "omni.json"
+ONNX_CARD = "vision.json"  # of a folder of exported programs
+HERE = "."  # in the card's settings: the model is the folder that the card lies in
+_WHAT_IT_IS = {
+    runs.RUN_FILE: "a run; ask it with --run {0}",
+    "adapter_config.json": "an adapter without its base; make a model of its run with: omni merge",
+    "config.json": "a model that omni did not make; ask it zero-shot with --set model={0}",
+}
+
+
+class ModelCard(Settings):
+    """What a model folder is."""
+
+    format: int = FORMAT
+    recipe: str
+    settings: dict[str, Any]
+    preprocess: Preprocess
+    from_run: str
+    base_fingerprint: str
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model folder and its card."""
+
+    folder: Path
+    card: ModelCard
+
+    def recipe_settings(self, schema: type[Settings]) -> Any:
+        """Return the recipe that loads this model."""
+        settings = {**self.card.settings, "model": str(self.folder)}
+        return resolve(schema, [Layer(str(self.folder / CARD_FILE), settings)]).value
+
+
+def write_model_card(folder: Path, recipe: Any, run: runs.Run) -> None:
+    """Write the card of a whole model that a run led to.
+
+    Args:
+        folder: of the model.
+        recipe: the run's.
+        run: where the weights come from.
+    """
+    card = ModelCard(
+        recipe=run.manifest.recipe,
+        settings=recipe.of_whole_model(HERE).model_dump(mode="json"),
+        preprocess=run.manifest.preprocess,
+        from_run=run.name,
+        base_fingerprint=run.manifest.base_fingerprint,
+    )
+    files.write_json(folder / CARD_FILE, card.model_dump(mode="json"))
+
+
+def open_model(folder: Path) -> ModelFolder:
+    """Open a model folder.
+
+    Raises:
+        UsageError: it is another kind of folder; the message says which.
+        DataError: it is unfinished or damaged.
+    """
+    path = folder / CARD_FILE
+    if not path.is_file():
+        raise UsageError(f"{folder} is {_what_it_is(folder)} (expected a model of omni, with an {CARD_FILE})")
+    if files.receipt_path(folder).is_file() and runs.verified_folder(folder) is None:
+        raise DataError(f"{folder}: does not match its receipt; make it again with: omni merge or omni export")
+    try:
+        return ModelFolder(folder, ModelCard.model_validate_json(path.read_bytes()))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise DataError(f"{path}: not a model card of format {FORMAT} ({key}: {first['msg']})") from None
+
+
+@contextmanager
+def publish_folder(folder: Path, doing: str) -> Iterator[Path]:
+    """Yield an empty folder that takes its place only if the block ends without an error; seal it afterwards.
+
+    Raises:
+        UsageError: a folder that omni did not make is in the way.
+        OmniError: another process is at it.
+    """
+    if folder.exists() and not _may_be_replaced(folder):
+        raise UsageError(f"{folder}: is there and omni did not make it; choose another folder with --out")
+    work = folder.with_name(f".{folder.name}.partial")
+    with files.exclusive(work, doing):
+        made, old = work / "made", work / "old"
+        for leftover in (made, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        made.mkdir()
+        yield made
+        _flush(made)
+        files.receipt_path(folder).unlink(missing_ok=True)
+        if folder.exists():
+            folder.rename(old)
+        made.rename(folder)
+        files.sync_folder(folder.parent)
+    shutil.rmtree(work)
+
+
+def weights_key(run: runs.Run) -> str:
+    """Return the hash of a run's trained weights: what is made from them is outdated where it changes."""
+    receipt = files.read_receipt(run.final) or {}
+    return files.hash_json(receipt.get("files"))
+
+
+def made_from(folder: Path, **facts: Any) -> dict[str, Any] | None:
+    """Return a folder's receipt if all of it verifies and it holds these facts; else None."""
+    receipt = files.read_receipt(folder)
+    if receipt is None or any(receipt.get(key) != value for key, value in facts.items()):
+        return None
+    return runs.verified_folder(folder)
+
+
+def _what_it_is(folder: Path) -> str:
+    if not folder.is_dir():
+        return "no folder"
+    known = [text for name, text in _WHAT_IT_IS.items() if (folder / name).is_file()]
+    return (known or ["not a model"])[0].format(folder)
+
+
+def _may_be_replaced(folder: Path) -> bool:
+    if not folder.is_dir():
+        return False
+    is_ours = files.receipt_path(folder).is_file() or any((folder / card).is_file() for card in (CARD_FILE, ONNX_CARD))
+    return is_ours or not any(folder.iterdir())
+
+
+def _flush(folder: Path) -> None:
+    """Bring every byte to the disk before the rename says that they are there."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+        else:
+            files.sync_folder(path)
+    files.sync_folder(folder)

@@ -1,0 +1,192 @@
+"""What is exported computes what the run computes: in the hub's own tools, and in onnxruntime."""
+
+import json
+import re
+import sys
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+from omni_cli.errors import OmniError, UsageError
+from omni_cli.samples import prompts
+from omni_cli.stages import models, runs
+from omni_cli.stages.export import ExportRequest, compare_outputs, export, parse_batches
+from tests.support.pipeline import QUIET, Made, make_run, tiny_recipe, write_synthetic
+
+RUNS = {"qwen2_5_vl": "full", "qwen3_vl": "lora"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    data = tmp_path_factory.mktemp("export")
+    write_synthetic(data, cameras=("camera_front_wide_120fov",))
+    return data
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def made(request, data, tmp_path_factory) -> Made:
+    recipe = tiny_recipe(request.param, cameras="1-cam", mode=RUNS[request.param])
+    return make_run(tmp_path_factory.mktemp(request.param), recipe, data=data)
+
+
+@pytest.fixture(scope="module")
+def in_onnx(made):
+    result = export(made.recipe, made.run, ExportRequest("onnx", batches=(1, 2)), QUIET)
+    return result, made.run.folder / "export" / "onnx"
+
+
+@pytest.fixture(scope="module")
+def for_the_hub(made):
+    export(made.recipe, made.run, ExportRequest("hf"), QUIET)
+    return made.run.folder / "export" / "hf"
+
+
+def canvases(preprocess, windows: int):
+    shape = (windows, preprocess.num_frames, preprocess.canvas_height_px, preprocess.canvas_width_px, 3)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.mark.parametrize("windows", [1, 2])
+def test_onnxruntime_computes_what_the_vision_tower_does(made, in_onnx, windows):
+    _, folder = in_onnx
+    preprocess = made.run.manifest.preprocess
+    pixels = preprocess.pixel_values(canvases(preprocess, windows))
+    session = onnxruntime.InferenceSession(str(folder / f"vision-b{windows}.onnx"))
+    found = session.run(None, {"pixel_values": pixels.numpy()})
+    tower = made.recipe.load(preprocess, made.run.final).model
+    tower = tower.get_base_model() if hasattr(tower, "get_base_model") else tower
+    with torch.no_grad():
+        output = tower.model.visual(pixels, grid_thw=torch.tensor([preprocess.grid] * windows))
+    expected = [output.pooler_output, *(getattr(output, "deepstack_features", None) or ())]
+    names = ["image_embeds", *(f"deepstack_{level}" for level in range(len(expected) - 1))]
+    assert [one.name for one in session.get_outputs()] == names
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == (windows * preprocess.visual_tokens, 128)
+        np.testing.assert_allclose(one, other.numpy(), atol=5e-6)
+
+
+def test_the_card_says_what_the_programs_are(made, in_onnx):
+    result, folder = in_onnx
+    card = json.loads((folder / "vision.json").read_text())
+    preprocess = made.run.manifest.preprocess
+    assert (card["opset"], card["dtype"], card["from_run"]) == (20, "float32", "run")
+    assert tuple(card["grid"][axis] for axis in ("time", "height", "width")) == preprocess.grid
+    assert card["preprocess"] == preprocess.model_dump(mode="json")
+    assert card["programs"] == result["programs"]
+    assert [program["file"] for program in card["programs"]] == ["vision-b1.onnx", "vision-b2.onnx"]
+    for program in card["programs"]:
+        assert 0 < program["max_difference"] < 5e-6 < program["allowed_difference"]
+        session = onnxruntime.InferenceSession(str(folder / program["file"]))
+        assert {one.name: one.shape for one in session.get_inputs()} == program["inputs"]
+        assert {one.name: one.shape for one in session.get_outputs()} == program["outputs"]
+    assert runs.verified_folder(folder)
+
+
+def test_a_second_export_does_nothing_and_another_opset_is_another_export(made, in_onnx):
+    result, folder = in_onnx
+    before = (folder / "vision-b1.onnx").stat().st_mtime_ns
+    assert export(made.recipe, made.run, ExportRequest("onnx", batches=(1, 2)), QUIET) == result
+    assert (folder / "vision-b1.onnx").stat().st_mtime_ns == before
+
+
+def test_half_precision_stays_within_its_stated_tolerance(made, tmp_path):
+    request = ExportRequest("onnx", tmp_path / "half", dtype="float16", opset=18)
+    (program,) = export(made.recipe, made.run, request, QUIET)["programs"]
+    assert 1e-6 < program["max_difference"] < program["allowed_difference"]
+    (pixels,) = onnxruntime.InferenceSession(str(tmp_path / "half" / "vision-b1.onnx")).get_inputs()
+    assert pixels.type == "tensor(float16)"
+
+
+def test_the_hubs_folder_holds_the_weights_of_the_run(made, for_the_hub):
+    whole = made.run.final if made.recipe.tune.mode == "full" else made.run.folder / "merged"
+    expected, found = (load_file(folder / "model.safetensors") for folder in (whole, for_the_hub))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    model = AutoModelForImageTextToText.from_pretrained(for_the_hub)
+    assert model.config.model_type == made.run.manifest.preprocess.vision.family
+    assert models.open_model(for_the_hub).card.preprocess == made.run.manifest.preprocess
+    assert runs.verified_folder(for_the_hub)
+
+
+def test_the_chat_template_renders_our_prompt(made, for_the_hub):
+    preprocess = made.run.manifest.preprocess
+    question = prompts.render_question(preprocess, 3.0)
+    message = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}
+    tokenizer = AutoTokenizer.from_pretrained(for_the_hub)
+    rendered = tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+    assert rendered.count(prompts.VIDEO_TOKEN) == 1
+    assert with_one_placeholder(prompts.render_prompt(preprocess, 3.0)) == with_one_placeholder(rendered)
+    system = {"role": "system", "content": "Other."}
+    other = tokenizer.apply_chat_template([system, message], add_generation_prompt=False, tokenize=False)
+    assert other.startswith("<|im_start|>system\nOther.<|im_end|>\n<|im_start|>user\n")
+    assert other.endswith(f"{question}<|im_end|>\n")
+
+
+def with_one_placeholder(text: str) -> str:
+    """Return a prompt with all that a processor puts in a video's place as one word."""
+    pads = rf"<\|vision_start\|>(?:{re.escape(prompts.VIDEO_TOKEN)})+<\|vision_end\|>"
+    return re.sub(rf"(?:(?:<[\d.]+ seconds>)?{pads})+|{re.escape(prompts.VIDEO_TOKEN)}", "VIDEO", text)
+
+
+def test_the_hubs_own_processor_makes_the_same_inputs(made, for_the_hub):
+    pytest.importorskip("torchvision", reason="the hub's video processors need torchvision")
+    from transformers import AutoProcessor
+    from transformers.video_utils import VideoMetadata
+
+    preprocess = made.run.manifest.preprocess
+    processor = AutoProcessor.from_pretrained(for_the_hub)
+    message = {"type": "text", "text": prompts.render_question(preprocess, 3.0)}
+    chat = [{"role": "user", "content": [{"type": "video"}, message]}]
+    text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    frames, count = canvases(preprocess, 1), preprocess.num_frames
+    times = VideoMetadata(total_num_frames=count, fps=preprocess.rate_hz, frames_indices=list(range(count)))
+    metadata = {"video_metadata": [times]} if preprocess.vision.family == "qwen3_vl" else {}
+    made_by_it = processor(text=[text], videos=[frames[0].permute(0, 3, 1, 2)], return_tensors="pt", **metadata)
+    ours = processor.tokenizer.encode(prompts.render_prompt(preprocess, 3.0), add_special_tokens=False)
+    assert made_by_it["input_ids"][0].tolist() == ours
+    assert torch.equal(made_by_it["pixel_values_videos"], preprocess.pixel_values(frames))
+
+
+def test_without_the_extra_the_remedy_is_named(made, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(
+        UsageError, match=re.escape("needs onnxscript; install them with: pip install 'omni-cli[onnx]'")
+    ):
+        export(made.recipe, made.run, ExportRequest("onnx", made.run.folder / "other"), QUIET)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (ExportRequest("tflite"), "--format tflite: expected onnx or hf"),
+        (ExportRequest("onnx", opset=17), r"--opset 17: expected 18 to \d+"),
+        (ExportRequest("onnx", dtype="int4"), "--dtype int4: ONNX programs are float32 or float16"),
+    ],
+)
+def test_wrong_options_are_one_line(made, request_, message):
+    with pytest.raises(UsageError, match=message):
+        export(made.recipe, made.run, request_, QUIET)
+
+
+def test_batches():
+    assert parse_batches("4") == (4,)
+    assert parse_batches("1-3") == (1, 2, 3)
+    for wrong in ("0", "3-1", "1-", "a", "1-65"):
+        with pytest.raises(UsageError, match="expected a number of windows such as 1, or a range such as 1-8"):
+            parse_batches(wrong)
+
+
+def test_other_outputs_are_refused():
+    expected = [np.full((2, 3), 2.0, dtype=np.float32)]
+    facts = compare_outputs([expected[0] + 1e-4], expected, 1e-3)
+    assert facts["max_difference"] == pytest.approx(1e-4, rel=1e-2)
+    assert facts["allowed_difference"] == pytest.approx(2e-3)
+    for wrong in (expected[0] + 3e-3, expected[0] * np.nan):
+        with pytest.raises(OmniError, match="nothing is published"):
+            compare_outputs([wrong], expected, 1e-3)
+    with pytest.raises(OmniError, match="other shapes"):
+        compare_outputs([expected[0][:1]], expected, 1e-3)

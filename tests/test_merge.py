@@ -1,0 +1,219 @@
+"""A merged model is the adapted one, to the last logit that arithmetic allows; or it is not published."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+from omni_cli.errors import DataError, OmniError, UsageError
+from omni_cli.files import receipt_path
+from omni_cli.recipes.vlm import Vlm
+from omni_cli.samples.dataset import WindowDataset
+from omni_cli.samples.shards import open_shards
+from omni_cli.stages import models, runs
+from omni_cli.stages.merge import MergeRequest, Parity, check_parity, merge, probe
+from tests.support.pipeline import QUIET, Made, make_run, tiny_recipe, write_synthetic
+
+ADAPTERS = {"qwen2_5_vl": "lora", "qwen3_vl": "dora"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Raw data of one camera, and a base model in a folder."""
+    folder = tmp_path_factory.mktemp("merge")
+    write_synthetic(folder / "data", cameras=("camera_front_wide_120fov",))
+    base = tiny_recipe(cameras="1-cam")
+    base.save(base.build(base.preprocess()), folder / "base")
+    return folder
+
+
+@pytest.fixture(scope="module", params=ADAPTERS)
+def made(request, folder) -> Made:
+    family = request.param
+    recipe = tiny_recipe(family, cameras="1-cam", mode=ADAPTERS[family])
+    return make_run(folder / family, recipe, data=folder / "data")
+
+
+@pytest.fixture(scope="module")
+def merged(made):
+    result = merge(made.recipe, made.run, MergeRequest(), QUIET)
+    return result, made.run.folder / "merged"
+
+
+@pytest.fixture
+def on_a_folder(folder, tmp_path):
+    """A run whose base is a folder of weights that may change."""
+    base = tmp_path / "base"
+    base.mkdir()
+    for path in (folder / "base").iterdir():
+        (base / path.name).write_bytes(path.read_bytes())
+    recipe = tiny_recipe(cameras="1-cam", mode="lora", model=str(base))
+    return base, make_run(tmp_path, recipe, data=folder / "data")
+
+
+def test_the_merge_is_exact_and_says_so(merged):
+    result, folder = merged
+    parity = result["parity"]
+    assert parity["adapter_moves"] > 0.01
+    assert parity["merged"] < 5e-6
+    assert (parity["reloaded"], parity["argmax_agrees"]) == (0.0, 1.0)
+    assert result["model"] == str(folder)
+    assert json.loads(receipt_path(folder).read_text())["parity"] == parity
+    assert runs.verified_folder(folder)
+
+
+def test_transformers_loads_the_merge_and_computes_the_adapted_logits(made, merged):
+    _, folder = merged
+    preprocess = made.run.manifest.preprocess
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    shape = (preprocess.num_frames, preprocess.canvas_height_px, preprocess.canvas_width_px, 3)
+    canvases = torch.randint(0, 256, shape, dtype=torch.uint8)
+    row = made.recipe.prompt_row(canvases, preprocess, tokenizer, 7.0)
+    adapted = made.recipe.load(preprocess, made.run.final)
+    batch = made.recipe.collate([row], preprocess)
+    inputs = {
+        "input_ids": batch["input_ids"],
+        "position_ids": batch["position_ids"],
+        "pixel_values_videos": preprocess.pixel_values(canvases[None]),
+        "video_grid_thw": torch.tensor([preprocess.grid]),
+        "mm_token_type_ids": (batch["input_ids"] == tokenizer.convert_tokens_to_ids("<|video_pad|>")).long() * 2,
+    }
+    with torch.no_grad():
+        found = model(**inputs).logits
+        expected = adapted.model(**inputs).logits
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert torch.equal(found.argmax(-1), expected.argmax(-1))
+    memory = made.recipe.merge(made.recipe.load_to_merge(preprocess, made.run.final))
+    with torch.no_grad():
+        assert torch.equal(memory.model(**inputs).logits, found)
+
+
+def test_a_lora_merge_is_base_plus_scaled_product(on_a_folder):
+    base, made = on_a_folder
+    merge(made.recipe, made.run, MergeRequest(), QUIET)
+    before, after = load_file(base / "model.safetensors"), load_file(made.run.folder / "merged" / "model.safetensors")
+    adapter = load_file(made.run.final / "adapter_model.safetensors")
+    scale = made.recipe.tune.alpha / made.recipe.tune.rank
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert len(changed) == 2 * 4  # layers x projections
+    for name in changed:
+        key = next(key for key in adapter if ".".join(name.split(".")[-5:-1]) in key and "lora_A" in key)
+        product = adapter[key.replace("lora_A", "lora_B")] @ adapter[key]
+        assert torch.allclose(after[name], before[name] + scale * product, atol=1e-6)
+
+
+def test_a_second_merge_does_nothing_and_a_damaged_one_is_made_again(made, merged):
+    _, folder = merged
+    weights = folder / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    assert merge(made.recipe, made.run, MergeRequest(), QUIET) == merged[0]
+    assert weights.stat().st_mtime_ns == before
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(DataError, match="does not match its receipt; make it again with: omni merge"):
+        models.open_model(folder)
+    merge(made.recipe, made.run, MergeRequest(), QUIET)
+    assert weights.read_bytes() == content
+    receipt_path(folder).unlink()  # as if killed before the folder was sealed
+    merge(made.recipe, made.run, MergeRequest(), QUIET)
+    assert runs.verified_folder(folder)
+    assert not list(folder.parent.glob(".merged*"))
+
+
+def test_the_merged_model_gives_the_answers_of_the_run(made, merged):
+    _, folder = merged
+    model = models.open_model(folder)
+    recipe = model.recipe_settings(Vlm)
+    assert (recipe.tune.mode, recipe.model, model.card.from_run) == ("full", str(folder), made.run.name)
+    preprocess = model.card.preprocess
+    assert preprocess == made.run.manifest.preprocess
+    shards = open_shards(made.shards)
+    dataset = WindowDataset(shards, "val", made.recipe.sidecar_key(preprocess))
+    rows = [dataset[index] for index in range(2)]
+    said = recipe.predict(recipe.load(preprocess, folder), rows, preprocess)
+    assert said == made.recipe.predict(made.recipe.load(preprocess, made.run.final), rows, preprocess)
+
+
+def test_a_bfloat16_base_stays_within_its_stated_tolerance(on_a_folder, tmp_path):
+    _, made = on_a_folder
+    half = made.recipe.model_copy(update={"precision": "bfloat16"})
+    parity = merge(half, made.run, MergeRequest(tmp_path / "half"), QUIET)["parity"]
+    assert 0 < parity["merged"] < parity["allowed"] < 1
+    stored = load_file(tmp_path / "half" / "model.safetensors")
+    assert {weight.dtype for weight in stored.values()} == {torch.bfloat16}
+
+
+def test_another_base_is_refused(on_a_folder):
+    base, made = on_a_folder
+    weights = load_file(base / "model.safetensors")
+    name = next(iter(weights))
+    save_file({**weights, name: weights[name] + 1}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DataError, match=r"adapter does not match its base: run run was trained on \w+, .* train again"):
+        merge(made.recipe, made.run, MergeRequest(), QUIET)
+    assert not (made.run.folder / "merged").exists()
+
+
+def test_an_adapter_that_learned_nothing_is_not_merged(on_a_folder):
+    _, made = on_a_folder
+    path = made.run.final / "adapter_model.safetensors"
+    weights = {name: tensor * (0 if "lora_B" in name else 1) for name, tensor in load_file(path).items()}
+    save_file(weights, path, {"format": "pt"})
+    runs.seal_folder(made.run.final)
+    with pytest.raises(OmniError, match="the adapter does not change a single logit"):
+        merge(made.recipe, made.run, MergeRequest(), QUIET)
+    assert not (made.run.folder / "merged").exists()
+
+
+def test_a_run_in_full_has_nothing_to_merge(folder, tmp_path):
+    made = make_run(tmp_path, tiny_recipe(cameras="1-cam"), data=folder / "data")
+    with pytest.raises(UsageError, match="tuned in full: nothing to merge, its weights are whole; use: omni export"):
+        merge(made.recipe, made.run, MergeRequest(), QUIET)
+    with pytest.raises(UsageError, match=r"is a run; ask it with --run .* \(expected a model of omni, with an omni"):
+        models.open_model(made.run.folder)
+
+
+def test_a_folder_of_others_is_not_replaced(made, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="is there and omni did not make it; choose another folder with --out"):
+        merge(made.recipe, made.run, MergeRequest(tmp_path), QUIET)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_what_is_no_model_folder_is_named(made, folder, tmp_path):
+    with pytest.raises(UsageError, match="is an adapter without its base; make a model of its run with: omni merge"):
+        models.open_model(made.run.final)
+    with pytest.raises(UsageError, match="is a model that omni did not make; ask it zero-shot with --set model="):
+        models.open_model(folder / "base")
+    with pytest.raises(UsageError, match="is not a model"):
+        models.open_model(tmp_path)
+    with pytest.raises(UsageError, match="is no folder"):
+        models.open_model(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"adapter_moves": 0.0}, "does not change a single logit"),
+        ({"merged": 2e-3}, "merged logits differ by 2.0e-03 .* nothing is published"),
+        ({"merged": float("inf")}, "merged logits differ by inf"),
+        ({"adapter_moves": 1e-5, "merged": 5e-5}, "less than the 1.0e-05 by which the adapter moves them"),
+        ({"argmax_agrees": 0.98}, "first choice agrees at 98.0% of the positions, 100% expected"),
+        ({"reloaded": 1e-7}, "logits of the written model differ by 1.0e-07"),
+    ],
+)
+def test_a_merge_that_changes_the_answers_is_refused(changes, message):
+    good = {"adapter_moves": 0.5, "merged": 1e-6, "allowed": 1e-3, "argmax_agrees": 1.0, "argmax_needed": 1.0}
+    check_parity(Parity(**good, reloaded=0.0))
+    with pytest.raises(OmniError, match=message):
+        check_parity(Parity(**{**good, "reloaded": 0.0, **changes}))
+
+
+def test_the_probe_is_the_same_every_time(made):
+    preprocess = made.run.manifest.preprocess
+    built = made.recipe.load(preprocess, made.run.final)
+    one, other = (probe(made.recipe, built, preprocess) for _ in range(2))
+    assert torch.equal(one, other)
+    assert not torch.equal(one[0], one[1])
