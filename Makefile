@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install check test clean
+.PHONY: help install check test storm test-gpu bench-gpu demo clean
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -23,6 +23,20 @@ check: $(STAMP)  ## format, lint, types, layers
 
 test: check  ## everything that CI runs
 	$(BIN)/python -m pytest
+
+storm: $(STAMP)  ## the long destructive tests: kills at random moments, full-size clips
+	$(BIN)/python -m pytest -m storm
+
+test-gpu: $(STAMP)  ## the tests that need a GPU; they fail, and do not skip, where torch sees none
+	$(BIN)/python -m pytest -m gpu
+
+bench-gpu: $(STAMP)  ## measure everything on this GPU into bench-gpu.json; BENCH="--profile NAME" chooses another profile
+	$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "bench-gpu: torch sees no GPU")'
+	$(BIN)/omni bench $(BENCH) --json > bench-gpu.json.part
+	mv bench-gpu.json.part bench-gpu.json
+
+demo: $(STAMP)  ## from nothing to a measured model in the folder demo/, explained
+	$(BIN)/omni demo --dir demo
 
 clean:  ## remove the virtual environment and the caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

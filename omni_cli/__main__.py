@@ -1,20 +1,65 @@
-"""Run omni; a user's mistake is one line and an exit code, only our bug is a traceback."""
+"""Run omni; a user's mistake is one line and an exit code, only our bug is a traceback.
 
+Exit codes: 0 done, 1 failed, 2 wrong usage or config, 3 data refused, 75 pre-empted but saved, 130 interrupted.
+"""
+
+import json
+import os
 import sys
+import traceback
+import warnings
+from collections.abc import Sequence
 
 import typer
 
-from omni_cli import __version__
+from omni_cli import SCHEMA_VERSION
+from omni_cli.commands import app
+from omni_cli.errors import OmniError
 
-app = typer.Typer(pretty_exceptions_enable=False)
-
-
-@app.command()
-def version() -> None:
-    """Print the version."""
-    typer.echo(__version__)
+INTERRUPTED = 130
 
 
 def main() -> None:
-    """Run the command line."""
-    sys.exit(app())
+    """Run the command line of this process."""
+    _calm_libraries(quiet="--quiet" in sys.argv or not sys.stderr.isatty())
+    sys.exit(run(sys.argv[1:]))
+
+
+def _calm_libraries(*, quiet: bool) -> None:
+    """Keep libraries from talking to the user over omni: their plans to change, and bars where a log is written."""
+    if not sys.warnoptions:
+        for category in (DeprecationWarning, FutureWarning):
+            warnings.simplefilter("ignore", category)
+    if quiet:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers heeds it too
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit code; with `--json` a failure too ends stdout with one document."""
+    as_json = "--json" in arguments
+    try:
+        # typer returns the code of an `Exit` here, and 130 for Ctrl-C
+        code = typer.main.get_command(app).main(list(arguments), prog_name="omni", standalone_mode=False) or 0
+    except OmniError as error:
+        return _fail(type(error).__name__, str(error), error.exit_code, as_json)
+    except typer.TyperException as error:
+        return _fail("UsageError", error.format_message(), error.exit_code, as_json)
+    except Exception as bug:
+        traceback.print_exc()
+        return _fail(type(bug).__name__, f"this is a bug in omni: {bug}", 1, as_json)
+    if code == INTERRUPTED:
+        return _fail("KeyboardInterrupt", "interrupted; run the same command again to go on", code, as_json)
+    return int(code)
+
+
+def _fail(kind: str, message: str, exit_code: int, as_json: bool) -> int:
+    line = " ".join(message.split())
+    sys.stderr.write(f"error: {line}\n")
+    if as_json:
+        error = {"kind": kind, "message": line, "exit_code": exit_code}
+        sys.stdout.write(json.dumps({"schema_version": SCHEMA_VERSION, "error": error}, sort_keys=True) + "\n")
+    return exit_code
+
+
+if __name__ == "__main__":
+    main()

@@ -50,7 +50,7 @@ class Profile(Settings):
         table: Mapping[str, Any] = getattr(self, recipe)
         if not table:
             raise UsageError(f"profile {self.name} has no [{recipe}] section; choose another with --profile")
-        return Layer(f"profile {self.name}", table)
+        return Layer(f"profile {self.name}", {"precision": self.machine.precision, **table})
 
 
 def profile_files() -> dict[str, Path]:
@@ -105,18 +105,20 @@ def check_machine(profile: Profile) -> None:
     Raises:
         UsageError: the accelerator is another one, or has too little memory.
     """
-    accelerator, memory_gib = found_accelerator()
+    if reason := misfit(profile, *found_accelerator()):
+        raise UsageError(
+            f"profile {profile.name} {reason}; use --profile {default_profile()}, or --dry-run to see the plan"
+        )
+
+
+def misfit(profile: Profile, accelerator: Accelerator, memory_gib: float) -> str:
+    """Return why a machine cannot run a profile, or an empty text where it can."""
     wanted = profile.machine
     if wanted.accelerator not in ("cpu", accelerator):
-        raise UsageError(
-            f"profile {profile.name} needs a {wanted.accelerator} accelerator, this machine has {accelerator}; "
-            f"use --profile {default_profile()}, or --dry-run to see the plan"
-        )
+        return f"needs a {wanted.accelerator} accelerator, this machine has {accelerator}"
     if memory_gib * 1.05 < wanted.memory_gib:
-        raise UsageError(
-            f"profile {profile.name} needs {wanted.memory_gib:.0f} GiB, this machine has {memory_gib:.0f} GiB; "
-            f"use --profile {default_profile()}, or --dry-run to see the plan"
-        )
+        return f"needs {wanted.memory_gib:.0f} GiB, this machine has {memory_gib:.0f} GiB"
+    return ""
 
 
 def _memory_gib(output: str, accelerator: str) -> list[float]:

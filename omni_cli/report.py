@@ -5,6 +5,7 @@ prints a plain line now and then.
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -15,9 +16,12 @@ from typing import Any, Protocol
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-SCHEMA_VERSION = 1
+from omni_cli import SCHEMA_VERSION
+
 _PLAIN_INTERVAL_S = 15.0
+_LOG_WIDTH = 120  # characters of a table that no terminal limits
 
 
 class Step(Protocol):
@@ -27,13 +31,20 @@ class Step(Protocol):
         """Count finished units; the note appears beside the bar."""
 
 
+def _stderr() -> RichConsole:
+    console = RichConsole(stderr=True, highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _LOG_WIDTH
+    return console
+
+
 @dataclass
 class Console:
     """The one place that stages talk to people through."""
 
     quiet: bool = False
     json_output: bool = False
-    _rich: RichConsole = field(default_factory=lambda: RichConsole(stderr=True, highlight=False))
+    _rich: RichConsole = field(default_factory=_stderr)
 
     def say(self, line: str) -> None:
         """Print one line for the user."""
@@ -50,9 +61,9 @@ class Console:
             return
         table = Table(title=title, title_justify="left", title_style="bold")
         for index, name in enumerate(header):
-            table.add_column(name, justify="left" if index == 0 else "right")
+            table.add_column(name, justify="left" if index == 0 else "right", overflow="fold", no_wrap=index == 0)
         for row in rows:
-            table.add_row(*(str(cell) for cell in row))
+            table.add_row(*(Text(str(cell)) for cell in row))  # as Text, `[bnb]` is no markup
         self._rich.print(table)
 
     @contextmanager

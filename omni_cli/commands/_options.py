@@ -1,0 +1,106 @@
+"""Options that several verbs share, so that a name means the same everywhere."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from omni_cli.errors import UsageError
+
+Json = Annotated[bool, typer.Option("--json", help="End stdout with one JSON document.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print warnings and errors only.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would happen and touch nothing.")]
+
+Data = Annotated[Path, typer.Option("--data", envvar="OMNI_DATA", metavar="DIR", help="Folder of raw data and shards.")]
+Runs = Annotated[Path, typer.Option("--runs", envvar="OMNI_RUNS", metavar="DIR", help="Folder of training runs.")]
+DATA = Path("data")
+RUNS = Path("runs")
+SPLIT_RULES = ("hash", "time")
+
+ProfileName = Annotated[
+    str | None,
+    typer.Option(
+        "--profile", metavar="NAME|FILE", help="Hardware profile (see `omni profiles`). [default: the one that fits]"
+    ),
+]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="TOML file of settings, over those of the profile.")
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="One setting, over everything else; may be repeated."),
+]
+Cameras = Annotated[
+    str | None, typer.Option("--cameras", metavar="4-cam|7-cam|NAME,...", help="A set of cameras, or their names.")
+]
+Shards = Annotated[Path | None, typer.Option("--shards", metavar="DIR", help="Folder of shards. [default: the newest]")]
+RunArgument = Annotated[
+    Path | None, typer.Argument(metavar="[RUN]", help="Folder or name of a run. [default: the newest finished one]")
+]
+RunOption = Annotated[
+    Path | None,
+    typer.Option("--run", metavar="RUN", help="Folder or name of a run. [default: the newest finished one]"),
+]
+
+
+def comma_list(text: str | None) -> tuple[str, ...]:
+    """Split `A,B` into its parts; nothing given is an empty tuple."""
+    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
+
+
+def named_files(texts: Sequence[str]) -> dict[str, Path]:
+    """Read `NAME=FILE` texts.
+
+    Raises:
+        UsageError: one has no `=`, or a name is given twice.
+    """
+    pairs = [text.partition("=") for text in texts]
+    for text, (name, equals, file) in zip(texts, pairs, strict=True):
+        if not (name and equals and file):
+            raise UsageError(
+                f"--camera {text}: expected NAME=FILE, for example --camera camera_front_wide_120fov=a.mp4"
+            )
+    named = {name: Path(file) for name, _, file in pairs}
+    if len(named) < len(texts):
+        raise UsageError("--camera: a camera is named twice; give one file for each")
+    return named
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Read `320x180` as (width, height) in pixels.
+
+    Raises:
+        UsageError: it is not two whole numbers with an x between.
+    """
+    width, _, height = text.partition("x")
+    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
+        raise UsageError(f"--size {text}: expected WIDTHxHEIGHT in pixels, for example --size 320x180")
+    return int(width), int(height)
+
+
+def parse_share(text: str | None) -> tuple[int, int] | None:
+    """Read `2/8` as (2, 8), the second of eight shares; None where nothing is given.
+
+    Raises:
+        UsageError: it is not a share of a whole.
+    """
+    if text is None:
+        return None
+    share, _, total = text.partition("/")
+    if not (share.isdigit() and total.isdigit() and 1 <= int(share) <= int(total)):
+        raise UsageError(f"--shard {text}: expected I/N with I from 1 to N, for example --shard 2/8")
+    return int(share), int(total)
+
+
+def parse_split(text: str | None) -> tuple[str | None, Path | None]:
+    """Tell the rule of `--split` from a file that lists the splits: (rule, file), at most one of which is there.
+
+    Raises:
+        UsageError: it is neither a rule nor a file.
+    """
+    if text is None or text in SPLIT_RULES:
+        return text, None
+    if not Path(text).is_file():
+        raise UsageError(f"--split {text}: expected {', '.join(SPLIT_RULES)}, or a file that lists recordings")
+    return None, Path(text)

@@ -1,0 +1,39 @@
+"""`omni bench`."""
+
+from typing import Annotated
+
+import typer
+
+from omni_cli.commands._options import DATA, RUNS, ConfigFile, Data, Json, ProfileName, Quiet, Runs, Sets
+
+EXAMPLE = "omni bench train --profile cpu-tiny"
+
+
+def command(
+    *,
+    part: Annotated[
+        str | None, typer.Argument(metavar="[PART]", help="etl, loader, train, infer or export. [default: all]")
+    ] = None,
+    profile: ProfileName = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    recipe: Annotated[str, typer.Option(metavar="NAME", help="What would be learned.")] = "vlm",
+    repeats: Annotated[int, typer.Option(min=1, help="How often each piece of work is timed.")] = 5,
+    data: Data = DATA,
+    runs: Runs = RUNS,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure how fast each stage is on this machine.
+
+    On the newest data, shards and run that fit the profile; where there are none, on a small synthetic drive. Timings
+    are synchronised, warmed up and repeated; what is compared runs in turn in one process.
+    """
+    from omni_cli.commands._compose import choose_profile, compose_recipe
+    from omni_cli.report import Console
+    from omni_cli.stages.bench import BenchRequest, bench
+
+    console = Console(quiet=quiet, json_output=json)
+    chosen = choose_profile(profile, console, dry_run=False)
+    settings = compose_recipe(recipe, chosen, config=config, sets=sets).value
+    console.finish(bench(settings, BenchRequest(part, data, runs, chosen.name, repeats), console))

@@ -1,0 +1,57 @@
+"""`omni fetch`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from omni_cli.commands._options import DATA, Cameras, Data, DryRun, Json, Quiet, comma_list, parse_size
+
+EXAMPLE = "omni fetch --source synthetic --chunks 2"
+
+
+def command(
+    *,
+    source: Annotated[
+        str, typer.Option(metavar="NAME", help="physical_ai_av, synthetic or openpilot.")
+    ] = "physical_ai_av",
+    chunks: Annotated[
+        str | None, typer.Option(metavar="N|A-B|A,B", help="The first N chunks, a range, or a list.")
+    ] = None,
+    clips: Annotated[
+        str | None, typer.Option(metavar="ID,...", help="Clips by id; their whole chunks are fetched.")
+    ] = None,
+    cameras: Cameras = None,
+    origin: Annotated[
+        Path | None, typer.Option("--from", metavar="DIR", help="Import from this folder; no network.")
+    ] = None,
+    data: Data = DATA,
+    max_gb: Annotated[float, typer.Option(help="Refuse a download that is larger than this.")] = 150.0,
+    workers: Annotated[int, typer.Option(min=1, help="Files transferred or clips drawn at a time.")] = 12,
+    revision: Annotated[str | None, typer.Option(metavar="REV", help="Revision of the data set on the hub.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the synthetic world.")] = 0,
+    clips_per_chunk: Annotated[int, typer.Option(min=1, help="Synthetic clips in a chunk.")] = 4,
+    seconds: Annotated[float, typer.Option(help="Length of a synthetic clip.")] = 20.0,
+    fps: Annotated[int, typer.Option(min=1, help="Frame rate of the synthetic cameras.")] = 30,
+    size: Annotated[str, typer.Option(metavar="WxH", help="Pixels of a synthetic camera.")] = "320x180",
+    rig: Annotated[str, typer.Option(metavar="a|b|mixed", help="Camera rig of the synthetic cars.")] = "mixed",
+    clutter: Annotated[float, typer.Option(help="Synthetic towns: 0 is an empty road, 1 a town.")] = 1.0,
+    dry_run: DryRun = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Bring driving data here, verified and resumable.
+
+    From the hub, from a folder (--from), or drawn by the synthetic world. Run again, it fetches what is missing.
+    """
+    from omni_cli.report import Console
+    from omni_cli.stages.fetch import FetchRequest, SyntheticOptions, camera_names, fetch
+
+    console = Console(quiet=quiet, json_output=json)
+    names = camera_names(cameras) if cameras else ()
+    world = SyntheticOptions(seed, clips_per_chunk, seconds, fps, *parse_size(size), rig, clutter)
+    request = FetchRequest(
+        source=source, data=data, chunks=chunks, clips=comma_list(clips), cameras=names, origin=origin,
+        max_gb=max_gb, workers=workers, revision=revision, dry_run=dry_run, synthetic=world,
+    )  # fmt: skip
+    console.finish(fetch(request, console))

@@ -1,0 +1,52 @@
+"""`omni train`."""
+
+from typing import Annotated
+
+import typer
+
+from omni_cli.commands._options import (
+    DATA,
+    RUNS,
+    ConfigFile,
+    Data,
+    DryRun,
+    Json,
+    ProfileName,
+    Quiet,
+    Runs,
+    Sets,
+    Shards,
+)
+
+EXAMPLE = "omni train --profile cpu-tiny"
+
+
+def command(
+    *,
+    profile: ProfileName = None,
+    shards: Shards = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    run: Annotated[
+        str | None, typer.Option("--run", metavar="NAME", help="Name of the run. [default: RECIPE-PROFILE]")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Discard what the run of this name has learned.")] = False,
+    data: Data = DATA,
+    runs: Runs = RUNS,
+    dry_run: DryRun = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train on shards; killed and run again, it continues bit for bit.
+
+    Exits with 75 when SIGTERM stopped it: it has saved itself, run the same command again.
+    """
+    from omni_cli.commands._compose import choose_profile, compose_recipe, recipe_of_shards
+    from omni_cli.report import Console
+    from omni_cli.stages.train import TrainRequest, train
+
+    console = Console(quiet=quiet, json_output=json)
+    chosen = choose_profile(profile, console, dry_run=dry_run)
+    recipe = compose_recipe(recipe_of_shards(shards, data), chosen, config=config, sets=sets).value
+    request = TrainRequest(shards, data, runs, run, chosen.name, fresh=fresh, dry_run=dry_run)
+    console.finish(train(recipe, request, console))

@@ -1,0 +1,8 @@
+"""`omni bench`: how fast each stage is on this machine.
+
+Everything is synchronised with the device, warmed up and repeated; what is compared runs in turn in one process.
+"""
+
+from omni_cli.stages.bench.stage import PARTS, BenchRequest, bench
+
+__all__ = ["PARTS", "BenchRequest", "bench"]

@@ -1,0 +1,59 @@
+"""How fast recordings become shards, and shards become batches."""
+
+from collections.abc import Sequence
+
+from omni_cli.formats.video import decode_only
+from omni_cli.recipe import Batch
+from omni_cli.samples.dataset import ALL, WindowDataset
+from omni_cli.samples.tables import ShardTables
+from omni_cli.stages.bench.inputs import Inputs
+from omni_cli.stages.bench.timing import Line, Part, measure
+from omni_cli.stages.etl import ensure_sidecar
+
+_BATCHES = 4  # in one go of the loader
+_MAKER, _DECODE = "decode, resize and cut", "decode alone"
+
+
+def bench_etl(inputs: Inputs, repeats: int) -> Part:
+    """Time one recording through the recipe's own table maker, beside a decoder that keeps nothing."""
+    found, preprocess, maker = inputs.found, inputs.preprocess, inputs.recipe.table_maker()
+    recording = found.recording
+    videos = {name: recording.cameras[name].video for name in preprocess.cameras}
+
+    def make() -> ShardTables:
+        tables: ShardTables = maker(recording, preprocess, assign_split=lambda _start_us, _end_us: "train")
+        return tables
+
+    def decode() -> int:
+        return sum(decode_only(video.read(), name) for name, video in videos.items())
+
+    tables, frames = make(), decode()
+    timings = measure({_MAKER: make, _DECODE: decode}, repeats)
+    made = {"frames": frames, "pictures": tables.frames.num_rows, "windows": tables.windows.num_rows}
+    lines = (Line(_MAKER, timings[_MAKER], made), Line(_DECODE, timings[_DECODE], {"frames": frames}))
+    ratio = timings[_DECODE].median_s / timings[_MAKER].median_s
+    on = f"{recording.id} of {found.folder}, {len(videos)} cameras, one process"
+    return Part("etl", on, lines, {f"{_MAKER} / {_DECODE}, in frames a second": ratio})
+
+
+def bench_loader(inputs: Inputs, repeats: int) -> Part:
+    """Time windows on their way from mapped shards into batches, in one process."""
+    recipe, shards = inputs.recipe, inputs.shards
+    dataset = WindowDataset(shards, ALL, ensure_sidecar(shards, recipe, inputs.console))
+    size = recipe.train.batch_size
+    numbers = [index % len(dataset) for index in range(size * _BATCHES)]
+    batches = [numbers[start : start + size] for start in range(0, len(numbers), size)]
+
+    def load() -> list[Batch]:
+        return [_batch(inputs, dataset, batch) for batch in batches]
+
+    timing = measure({"load": load}, repeats)["load"]
+    window_bytes = dataset.canvases(0).numel()
+    amounts = {"windows": len(numbers), "MB": len(numbers) * window_bytes / 1e6}
+    line = Line(f"{_BATCHES} batches of {size}", timing, amounts)
+    return Part("loader", f"{shards.folder}, {len(dataset)} windows, one process", (line,))
+
+
+def _batch(inputs: Inputs, dataset: WindowDataset, numbers: Sequence[int]) -> Batch:
+    batch: Batch = inputs.recipe.collate([dataset[number] for number in numbers], dataset.preprocess)
+    return batch

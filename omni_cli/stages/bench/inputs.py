@@ -1,0 +1,107 @@
+"""What is measured on: the user's own newest data where they fit, else a small synthetic drive made for the moment."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from omni_cli import files
+from omni_cli.errors import DataError, UsageError
+from omni_cli.formats.physical_ai_av import CAMERAS
+from omni_cli.report import Console
+from omni_cli.samples.preprocess import Preprocess
+from omni_cli.samples.shards import ShardSet, open_shards
+from omni_cli.scene.recording import Recording
+from omni_cli.sources import open_source
+from omni_cli.stages import locate, runs
+from omni_cli.stages.etl import EtlRequest, etl
+from omni_cli.stages.train import check_fit
+from omni_cli.world.clip import SyntheticSpec
+from omni_cli.world.dataset import render_clip, write_chunk, write_indices
+
+_SYNTHETIC_FPS = 20
+_WINDOWS_A_CLIP = 5
+_RECORDINGS_TRIED = 3
+
+
+@dataclass(frozen=True)
+class Found:
+    """A recording, and where it was found."""
+
+    recording: Recording
+    source: str
+    folder: Path
+
+
+class Inputs:
+    """Finds or makes what a part needs, when it needs it."""
+
+    def __init__(self, recipe: Any, data: Path, runs_folder: Path, work: Path, console: Console) -> None:
+        self.recipe = recipe
+        self.preprocess: Preprocess = recipe.preprocess()
+        self.work = work
+        self.console = console
+        self._data, self._runs = data, runs_folder
+
+    @cached_property
+    def found(self) -> Found:
+        """A recording with the recipe's cameras."""
+        try:
+            source, folder = locate.raw_folder(self._data, None)
+        except UsageError:
+            return self._synthetic("no raw data")
+        reader = open_source(source, folder)
+        for ref in islice(reader.recordings(), _RECORDINGS_TRIED):
+            try:
+                recording = reader.open(ref.id, self.preprocess.cameras)
+            except DataError:
+                continue
+            if all(name in recording.cameras for name in self.preprocess.cameras):
+                return Found(recording, source, folder)
+        return self._synthetic(f"{folder} lacks a recording with this profile's cameras")
+
+    @cached_property
+    def shards(self) -> ShardSet:
+        """Shards that fit the recipe."""
+        if locate.has_shards(self._data):
+            shards = open_shards(locate.newest_shards(self._data))
+            try:
+                check_fit(self.recipe, shards, "bench")
+            except UsageError:
+                self.console.say(f"the newest shards, {shards.folder}, do not fit this profile")
+            else:
+                return shards
+        return self._cut()
+
+    @cached_property
+    def run(self) -> runs.Run | None:
+        """The newest finished run of this very recipe, model and preprocessing; None where there is none."""
+        if not runs.has_finished(self._runs):
+            return None
+        run = runs.open_finished(runs.choose_run(None, self._runs))
+        manifest, ours = run.manifest, self.recipe.model_dump(mode="json")
+        fits = manifest.recipe == self.recipe.name and manifest.preprocess == self.preprocess
+        return run if fits and all(manifest.settings[key] == ours[key] for key in ("model", "tune")) else None
+
+    def _cut(self) -> ShardSet:
+        found = self.found
+        chosen = self.work / "split.json"
+        files.write_json(chosen, {found.recording.id: "train"})
+        self.console.say(f"cutting {found.recording.id} of {found.folder} into shards")
+        request = EtlRequest(found.folder, found.source, self.work / "shards", workers=0, split_file=chosen)
+        return open_shards(Path(etl(self.recipe, request, Console(quiet=True))["shards"]))
+
+    def _synthetic(self, why: str) -> Found:
+        preprocess = self.preprocess
+        if unknown := [name for name in preprocess.cameras if name not in CAMERAS]:
+            raise UsageError(f"{why}, and the synthetic world has no camera {unknown[0]}; name data with --data")
+        frames = preprocess.num_frames + (_WINDOWS_A_CLIP - 1) * self.recipe.sample.stride
+        seconds = round(frames / preprocess.rate_hz + 1, 1)
+        spec = SyntheticSpec(clips_per_chunk=1, seconds=seconds, fps=_SYNTHETIC_FPS, cameras=preprocess.cameras)
+        self.console.say(f"{why}: measuring on a synthetic drive of {seconds:g} s, {spec.width_px}x{spec.height_px} px")
+        folder = self.work / "synthetic"
+        write_chunk(folder, spec, 0, [render_clip(spec, 0, 0)])
+        write_indices(folder, spec, (0,))
+        reader = open_source("synthetic", folder)
+        return Found(reader.open(reader.recordings()[0].id, preprocess.cameras), "synthetic", folder)

@@ -1,0 +1,100 @@
+"""The stage itself: find or make the inputs, measure the parts asked for, show one table."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from omni_cli import telemetry
+from omni_cli.config import nearest
+from omni_cli.errors import UsageError
+from omni_cli.report import Console
+from omni_cli.stages.bench.answers import bench_export, bench_infer, find_export
+from omni_cli.stages.bench.data import bench_etl, bench_loader
+from omni_cli.stages.bench.inputs import Inputs
+from omni_cli.stages.bench.steps import bench_train
+from omni_cli.stages.bench.timing import Line, Part
+
+PARTS: Mapping[str, Callable[[Inputs, int], Part]] = {
+    "etl": bench_etl,
+    "loader": bench_loader,
+    "train": bench_train,
+    "infer": bench_infer,
+    "export": bench_export,
+}
+
+
+@dataclass(frozen=True)
+class BenchRequest:
+    """What a user asked of `omni bench`."""
+
+    part: str | None  # None: all of them
+    data: Path
+    runs: Path
+    profile: str
+    repeats: int = 5
+
+
+def bench(recipe: Any, request: BenchRequest, console: Console) -> dict[str, Any]:
+    """Measure how fast the stages are.
+
+    Raises:
+        UsageError: an unknown part, or one that needs what is not there.
+    """
+    if request.part is not None and request.part not in PARTS:
+        raise UsageError(f"nothing to measure called {request.part!r}; {nearest(request.part, PARTS)}")
+    with TemporaryDirectory(prefix="omni-bench-") as work:
+        inputs = Inputs(recipe, request.data, request.runs, Path(work), console)
+        parts = [_measure(name, inputs, request.repeats) for name in _chosen(request, inputs, console)]
+    device, threads = _device(), torch.get_num_threads()
+    title = f"{request.profile} on {device}, torch threads {threads}, median of {request.repeats}"
+    console.table(title, ("what", "median", "from .. to", "a second"), [row for part in parts for row in _rows(part)])
+    return {
+        "profile": request.profile,
+        "recipe": recipe.name,
+        "model": recipe.model,
+        "precision": recipe.precision,
+        "device": device,
+        "threads": threads,
+        "parts": {part.name: part.facts() for part in parts},
+        "machine": telemetry.machine_facts(),
+    }
+
+
+def _chosen(request: BenchRequest, inputs: Inputs, console: Console) -> list[str]:
+    if request.part is not None:
+        return [request.part]
+    if find_export(inputs) is None:
+        console.say("export is left out: no ONNX export of a run of this profile (omni export --format onnx)")
+        return [name for name in PARTS if name != "export"]
+    return list(PARTS)
+
+
+def _measure(name: str, inputs: Inputs, repeats: int) -> Part:
+    inputs.console.say(f"measuring {name}")
+    part = PARTS[name](inputs, repeats)
+    inputs.console.say(f"{name}: {part.on}")
+    return part
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else telemetry.cpu_name()
+
+
+def _rows(part: Part) -> list[tuple[str, str, str, str]]:
+    ratios = [("  " + name, f"{ratio:.2f}x", "", "") for name, ratio in part.ratios.items()]
+    return [*(_row(part.name, line) for line in part.lines), *ratios]
+
+
+def _row(part: str, line: Line) -> tuple[str, str, str, str]:
+    facts = line.timing.facts()
+    rates = ", ".join(f"{rate:,.1f} {unit}" for unit, rate in line.rates().items())
+    spread = f"{_short(facts['min_s'])} .. {_short(facts['max_s'])}"
+    return f"{part}: {line.what}", _short(facts["median_s"]), spread, rates
+
+
+def _short(seconds: float) -> str:
+    return f"{seconds * 1000:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"

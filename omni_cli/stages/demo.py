@@ -1,0 +1,181 @@
+"""`omni demo`: the whole way on a CPU, without a network, and what each step is for.
+
+A tiny vision-language model learns in full to read its speed from four cameras of one rig. A LoRA adapter then teaches
+it the other rig and a longer answer. Everything is measured on drives that were never seen, then merged, exported,
+asked about a clip, and timed.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from omni_cli.errors import DataError
+from omni_cli.formats.physical_ai_av import CAMERA_SETS
+from omni_cli.report import Console
+from omni_cli.samples.shards import open_shards
+from omni_cli.stages import runs
+from omni_cli.stages.audit import AuditRequest, audit
+from omni_cli.stages.bench import BenchRequest, bench
+from omni_cli.stages.etl import EtlRequest, etl
+from omni_cli.stages.evaluate import EvalRequest, evaluate, table_of
+from omni_cli.stages.export import ExportRequest, export
+from omni_cli.stages.fetch import FetchRequest, SyntheticOptions, fetch
+from omni_cli.stages.infer import InferRequest, infer, subject_of_run
+from omni_cli.stages.merge import MergeRequest, merge
+from omni_cli.stages.train import TrainRequest, train
+
+PROFILE = "cpu-tiny"
+_STEPS = 12
+# Many short drives: with few, a model learns what each looks like instead of how it moves (measured).
+_DRIVES = SyntheticOptions(clips_per_chunk=10, seconds=1.2, fps=10, width_px=96, height_px=54, clutter=0.2)
+_SAMPLE = {"cameras": "4-cam", "window": 8, "stride": 1, "rate_hz": 10.0, "canvas_px": 112}
+
+RecipeMaker = Callable[[Mapping[str, Any]], Any]
+
+
+@dataclass(frozen=True)
+class DemoRequest:
+    """One call of `omni demo`."""
+
+    folder: Path
+    seed: int = 0
+    chunks: int = 50  # of the base's drives; the adapter gets half as many
+    base_steps: int = 1200
+    adapter_steps: int = 400
+    workers: int = 2
+
+
+@dataclass
+class _Story:
+    """Numbers the steps and says what each is for."""
+
+    console: Console
+    step: int = 0
+
+    @contextmanager
+    def tell(self, verb: str, purpose: str) -> Iterator[None]:
+        self.step += 1
+        self.console.say(f"\n[{self.step}/{_STEPS}] omni {verb}: {purpose}")
+        started = time.monotonic()
+        yield
+        self.console.say(f"      {time.monotonic() - started:.0f} s")
+
+
+def demo(make_recipe: RecipeMaker, request: DemoRequest, console: Console) -> dict[str, Any]:
+    """Run the whole way in a folder of its own; run again, it finishes what is missing.
+
+    Args:
+        make_recipe: makes a recipe of the demo's profile with some settings laid over it.
+        request: the folder and the size.
+        console: tells the story.
+    """
+    started = time.monotonic()
+    story, runs_folder = _Story(console), request.folder / "runs"
+    base = make_recipe(base_settings(request))
+    base_data = _drives(request, "a", request.chunks, story)
+    base_eval = _learn(base, base_data, request, "base", story)
+    adapter = make_recipe(adapter_settings(request, runs_folder / "base" / runs.FINAL))
+    adapter_data = _drives(request, "b", request.chunks // 2, story)
+    adapter_eval = _learn(adapter, adapter_data, request, "adapter", story)
+    made = _use(adapter, runs.open_finished(runs_folder / "adapter"), adapter_data, request, story)
+    for name, report, recipe in (("base", base_eval, base), ("adapter", adapter_eval, adapter)):
+        console.table(
+            f"{name}: {report['windows']} windows of {report['recordings']} drives it never saw",
+            *table_of(report, recipe.quantities),
+        )
+    minutes = (time.monotonic() - started) / 60
+    console.say(_farewell(adapter_eval, made, request.folder, minutes))
+    return {"folder": str(request.folder), "base": base_eval, "adapter": adapter_eval, **made, "minutes": minutes}
+
+
+def base_settings(request: DemoRequest) -> dict[str, Any]:
+    """Return what the tiny base learns: a whole number of metres a second."""
+    return {
+        "sample": {**_SAMPLE, "labels": "speed"},
+        "tune": {"mode": "full"},
+        "train": {"max_steps": request.base_steps, "seed": request.seed},
+    }
+
+
+def adapter_settings(request: DemoRequest, base: Path) -> dict[str, Any]:
+    """Return what the adapter learns on top of it: the seeds' answer, on the other rig."""
+    return {
+        "model": str(base),
+        "sample": {**_SAMPLE, "labels": "ego-motion"},
+        "tune": {
+            "mode": "lora",
+            "rank": 16,
+            "alpha": 32,
+            "targets": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        },
+        "train": {"max_steps": request.adapter_steps, "learning_rate": 2e-3, "seed": request.seed},
+    }
+
+
+_WHY = {
+    "base": "a small model learns from nothing to read its speed from pictures",
+    "adapter": "LoRA teaches it the other car and the longer answer; the base stays as it is",
+}
+
+
+def _drives(request: DemoRequest, rig: str, chunks: int, story: _Story) -> Path:
+    data = request.folder / f"rig-{rig}"
+    options = replace(_DRIVES, seed=2 * request.seed + (rig == "b"), rig=rig)
+    wanted = FetchRequest(
+        "synthetic", data, str(chunks), cameras=CAMERA_SETS["4-cam"], workers=request.workers, synthetic=options
+    )
+    with story.tell("fetch", f"{chunks * options.clips_per_chunk} short synthetic drives of a car with rig {rig}"):
+        fetch(wanted, story.console)
+    with story.tell("audit", "is every frame where its timestamp says, does the car move as cars can?"):
+        audited = audit(AuditRequest(wanted.folder), story.console)
+    if audited["refused"]:
+        raise DataError(f"{wanted.folder}: {audited['refused']} units refused, named above; delete the folder")
+    return data
+
+
+def _learn(recipe: Any, data: Path, request: DemoRequest, name: str, story: _Story) -> dict[str, Any]:
+    console, runs_folder = story.console, request.folder / "runs"
+    with story.tell("etl", "windows of eight instants on true time, decoded once, one fifth of the drives held out"):
+        shards = Path(etl(recipe, EtlRequest(data, "synthetic", workers=request.workers), console)["shards"])
+    with story.tell("train", _WHY[name]):
+        train(recipe, TrainRequest(shards, data, runs_folder, name, PROFILE), console)
+    with story.tell("eval", "on held-out drives, beside controls that must fail; a twin is trained blind"):
+        return evaluate(recipe, runs.open_finished(runs_folder / name), EvalRequest(), console)
+
+
+def _use(recipe: Any, run: runs.Run, data: Path, request: DemoRequest, story: _Story) -> dict[str, Any]:
+    console = story.console
+    with story.tell("merge", "the adapter folded into its base, published only if the logits are the same"):
+        merged = merge(recipe, run, MergeRequest(), console)
+    with story.tell("export", "the vision tower as ONNX, compared with torch before it is published"):
+        exported = export(recipe, run, ExportRequest(format="onnx"), console)
+    clip = _held_out_recording(run)
+    with story.tell("infer", "what it says of one drive that it never saw, drawn over the pictures"):
+        subject = subject_of_run(run)
+        asked = InferRequest((clip,), data=data, out=request.folder / "infer", overlay=True)
+        answers = infer(recipe, subject, asked, console)
+    with story.tell("bench", "how fast each part is on this machine"):
+        timed = bench(recipe, BenchRequest(None, data, run.folder.parent, PROFILE), console)
+    return {"merged": merged, "exported": exported, "infer": answers, "bench": timed}
+
+
+def _held_out_recording(run: runs.Run) -> str:
+    manifest = open_shards(Path(run.manifest.shards.folder)).manifest
+    return next(entry.id for entry in manifest.recordings if entry.windows.get("val"))
+
+
+def _farewell(report: Mapping[str, Any], made: Mapping[str, Any], folder: Path, minutes: float) -> str:
+    return (
+        f"\n{minutes:.1f} minutes. Look at:\n"
+        f"  predicted against true motion   {Path(report['report']).with_name('predicted.png')}\n"
+        f"  the whole report                {report['report']}\n"
+        f"  answers over the pictures       {folder / 'infer'}\n"
+        "Next:\n"
+        "  your own video      omni infer clip.mp4\n"
+        "  your own routes     omni fetch --source openpilot --from ROUTES\n"
+        "  the real data set   omni fetch --chunks 5   (a Hugging Face account that accepted its licence)\n"
+        "  a real model        omni train --profile mi300x-bf16 --dry-run\n"
+    )

@@ -1,0 +1,98 @@
+"""`omni bench`: on what it measures, that its parts add up, and that nothing of it is left behind."""
+
+import tempfile
+
+import pytest
+import torch
+
+from omni_cli.report import Console
+from omni_cli.samples.dataset import ALL, WindowDataset
+from omni_cli.samples.shards import open_shards
+from omni_cli.stages.bench import PARTS, BenchRequest, bench
+from omni_cli.stages.bench.steps import Cycled
+from omni_cli.stages.bench.timing import Line, Timing, measure
+from omni_cli.stages.etl import ensure_sidecar
+from omni_cli.stages.export import ExportRequest, export
+from tests.support.pipeline import QUIET, make_run, tiny_recipe, write_synthetic
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A user's folder: raw data, shards, a finished run and its ONNX export."""
+    folder = tmp_path_factory.mktemp("bench")
+    write_synthetic(folder / "data", cameras=("camera_front_wide_120fov",))
+    made = make_run(folder, tiny_recipe(cameras="1-cam"), data=folder / "data")
+    (folder / "shards").rename(folder / "data" / "shards")
+    export(made.recipe, made.run, ExportRequest("onnx"), QUIET)
+    return made
+
+
+def ask(made, part=None, **changes):
+    return BenchRequest(part, made.data, made.run.folder.parent, "test", **{"repeats": 2, **changes})
+
+
+def test_with_a_users_own_data_and_run_every_part_is_measured_on_them(made):
+    result = bench(made.recipe, ask(made), QUIET)
+    parts = result["parts"]
+    assert list(parts) == list(PARTS)
+    assert str(made.data / "raw" / "synthetic") in parts["etl"]["on"]
+    assert str(made.data / "shards" / "run") in parts["loader"]["on"]
+    assert parts["infer"]["on"].startswith(f"run {made.run.folder}")
+    assert "vision-b1.onnx" in parts["export"]["on"]
+    assert (result["device"], result["threads"]) != ("", 0)
+    lines = [line for part in parts.values() for line in part["lines"].values()]
+    assert all(0 < line["min_s"] <= line["median_s"] <= line["max_s"] and line["repeats"] == 2 for line in lines)
+    assert all(ratio > 0 for part in parts.values() for ratio in part["ratios"].values())
+
+
+def test_in_an_empty_folder_it_makes_a_drive_says_so_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    request = BenchRequest(None, tmp_path / "data", tmp_path / "runs", "test", repeats=1)
+    result = bench(tiny_recipe(cameras="1-cam"), request, Console())
+    said = capsys.readouterr().err
+    assert "no raw data: measuring on a synthetic drive of " in said
+    assert "export is left out: no ONNX export" in said
+    assert list(result["parts"]) == ["etl", "loader", "train", "infer"]
+    assert "untrained" in result["parts"]["infer"]["on"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_data_of_other_cameras_are_not_measured_on(made, capsys):
+    four = tiny_recipe(cameras="4-cam")
+    result = bench(four, ask(made, "loader", repeats=1), Console())
+    said = capsys.readouterr().err
+    assert f"the newest shards, {made.data / 'shards' / 'run'}, do not fit this profile" in said
+    assert "lacks a recording with this profile's cameras: measuring on a synthetic drive" in said
+    assert str(made.data) not in result["parts"]["loader"]["on"]
+
+
+def test_the_phases_of_a_step_add_up_to_it(made):
+    part = bench(made.recipe, ask(made, "train", repeats=1), QUIET)["parts"]["train"]
+    seconds = {name: line["median_s"] for name, line in part["lines"].items()}
+    assert seconds["step"] == pytest.approx(seconds["forward"] + seconds["backward"] + seconds["optimiser"])
+    assert sum(part["ratios"].values()) == pytest.approx(1)
+    rates = part["lines"]["step"]["per_second"]
+    assert rates["samples"] * seconds["step"] == pytest.approx(made.recipe.train.batch_size)
+    assert rates["tokens"] / rates["samples"] > made.run.manifest.preprocess.visual_tokens
+
+
+def test_work_is_warmed_up_then_timed_in_turn():
+    order = []
+    timings = measure({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=3)
+    assert order == ["a", "b"] * 4
+    assert [len(timing.seconds) for timing in timings.values()] == [3, 3]
+
+
+def test_a_rate_is_of_the_median():
+    line = Line("work", Timing((4.0, 1.0, 2.0)), {"windows": 10})
+    assert line.facts() == {"median_s": 2.0, "min_s": 1.0, "max_s": 4.0, "repeats": 3, "per_second": {"windows": 5.0}}
+
+
+def test_a_cycled_dataset_begins_anew(made):
+    shards = open_shards(made.data / "shards" / "run")
+    windows = WindowDataset(shards, ALL, ensure_sidecar(shards, made.recipe, QUIET))
+    cycled = Cycled(windows, 3 * len(windows))
+    assert len(cycled) == 3 * len(windows)
+    first, again = cycled[1], cycled[1 + 2 * len(windows)]
+    assert torch.equal(first["canvases"], again["canvases"])
+    assert torch.equal(first["input_ids"], again["input_ids"])
