@@ -21,8 +21,8 @@ check: $(STAMP)  ## format, lint, types, layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check  ## everything that CI runs
-	$(BIN)/python -m pytest
+test: check  ## everything that CI runs, one process a core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 storm: $(STAMP)  ## the long destructive tests: kills at random moments, full-size clips
 	$(BIN)/python -m pytest -m storm

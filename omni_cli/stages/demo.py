@@ -30,8 +30,8 @@ from omni_cli.stages.train import TrainRequest, train
 PROFILE = "cpu-tiny"
 _STEPS = 12
 # Many short drives: with few, a model learns what each looks like instead of how it moves (measured).
-_DRIVES = SyntheticOptions(clips_per_chunk=10, seconds=1.2, fps=10, width_px=96, height_px=54, clutter=0.2)
-_SAMPLE = {"cameras": "4-cam", "window": 8, "stride": 1, "rate_hz": 10.0, "canvas_px": 112}
+DRIVES = SyntheticOptions(clips_per_chunk=10, seconds=1.2, fps=10, width_px=96, height_px=54, clutter=0.2)
+SAMPLE = {"cameras": "4-cam", "window": 8, "stride": 1, "rate_hz": 10.0, "canvas_px": 112}
 
 RecipeMaker = Callable[[Mapping[str, Any]], Any]
 
@@ -94,7 +94,7 @@ def demo(make_recipe: RecipeMaker, request: DemoRequest, console: Console) -> di
 def base_settings(request: DemoRequest) -> dict[str, Any]:
     """Return what the tiny base learns: a whole number of metres a second."""
     return {
-        "sample": {**_SAMPLE, "labels": "speed"},
+        "sample": {**SAMPLE, "labels": "speed"},
         "tune": {"mode": "full"},
         "train": {"max_steps": request.base_steps, "seed": request.seed},
     }
@@ -104,7 +104,7 @@ def adapter_settings(request: DemoRequest, base: Path) -> dict[str, Any]:
     """Return what the adapter learns on top of it: the seeds' answer, on the other rig."""
     return {
         "model": str(base),
-        "sample": {**_SAMPLE, "labels": "ego-motion"},
+        "sample": {**SAMPLE, "labels": "ego-motion"},
         "tune": {
             "mode": "lora",
             "rank": 16,
@@ -123,7 +123,7 @@ _WHY = {
 
 def _drives(request: DemoRequest, rig: str, chunks: int, story: _Story) -> Path:
     data = request.folder / f"rig-{rig}"
-    options = replace(_DRIVES, seed=2 * request.seed + (rig == "b"), rig=rig)
+    options = replace(DRIVES, seed=2 * request.seed + (rig == "b"), rig=rig)
     wanted = FetchRequest(
         "synthetic", data, str(chunks), cameras=CAMERA_SETS["4-cam"], workers=request.workers, synthetic=options
     )

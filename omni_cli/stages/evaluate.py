@@ -17,6 +17,7 @@ from omni_cli.errors import DataError
 from omni_cli.recipe import BuiltModel, Evaluable, Prediction, Quantity
 from omni_cli.report import Console
 from omni_cli.samples.dataset import WindowDataset
+from omni_cli.samples.preprocess import Preprocess
 from omni_cli.samples.shards import ShardSet, open_shards
 from omni_cli.scores import baselines, controls, intervals, metrics
 from omni_cli.stages import models, pictures, runs
@@ -130,7 +131,7 @@ def _check_leak(dataset: WindowDataset, learned: runs.Learned, shards: ShardSet)
 
 
 def _conditions(recipe: Any, run: runs.Run, dataset: WindowDataset, console: Console) -> list[Condition]:
-    asker = Asker(recipe, recipe.load(dataset.preprocess, run.final), dataset, console)
+    asker = Asker(recipe, _load(recipe, dataset.preprocess, run.final), dataset, console)
     groups = _groups(dataset)
     shown: dict[str, Pictures] = {"model": dataset.canvases}
     if len(set(groups)) > 1:
@@ -142,6 +143,11 @@ def _conditions(recipe: Any, run: runs.Run, dataset: WindowDataset, console: Con
         dataset.preprocess.num_frames, -1, -1, -1
     )
     return [asker.ask(name, see) for name, see in shown.items()]
+
+
+def _load(recipe: Any, preprocess: Preprocess, weights: Path) -> BuiltModel:
+    placed: BuiltModel = recipe.place(recipe.load(preprocess, weights), models.best_device(), None)
+    return placed
 
 
 def _groups(dataset: WindowDataset) -> list[str]:
@@ -156,7 +162,7 @@ def _blind_twin(recipe: Any, run: runs.Run, own: ShardSet, dataset: WindowDatase
     folder = run.folder / BLIND
     with files.exclusive(folder, "training in"):
         train_in(folder, twin, own, run.manifest.profile, console)
-    built = twin.load(dataset.preprocess, folder / runs.FINAL)
+    built = _load(twin, dataset.preprocess, folder / runs.FINAL)
     return Asker(twin, built, dataset, console).ask("trained blind", dataset.canvases)
 
 

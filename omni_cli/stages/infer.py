@@ -22,7 +22,7 @@ from omni_cli.scene.recording import Recording
 from omni_cli.stages import runs
 from omni_cli.stages.clips import Clip, find_clips
 from omni_cli.stages.merge import check_base
-from omni_cli.stages.models import ModelFolder
+from omni_cli.stages.models import ModelFolder, best_device
 from omni_cli.stages.overlay import Said, caption, write_overlay
 
 _BATCH = 8
@@ -198,8 +198,7 @@ def _load(recipe: Inferable, subject: Subject, request: InferRequest, console: C
     else:
         built = recipe.load(subject.preprocess, subject.weights)
         console.say(f"asking {subject.title}")
-    device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return recipe.place(built, device, request.dtype)
+    return recipe.place(built, request.device or best_device(), request.dtype)
 
 
 def _truth(motion: Mapping[str, float], quantities: Sequence[Quantity]) -> dict[str, float]:

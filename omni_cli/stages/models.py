@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
 from omni_cli import files
@@ -157,3 +158,8 @@ def _flush(folder: Path) -> None:
         else:
             files.sync_folder(path)
     files.sync_folder(folder)
+
+
+def best_device() -> str:
+    """Return where a model is asked unless the user says otherwise: a GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

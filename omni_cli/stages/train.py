@@ -54,17 +54,6 @@ class TrainRequest:
     dry_run: bool = False
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The size of a training."""
-
-    windows: int
-    tokens: int  # of the longest sample
-    steps: int
-    trainable: int
-    total: int
-
-
 def train(recipe: Any, request: TrainRequest, console: Console) -> dict[str, Any]:
     """Train a recipe on shards; where there are none yet, cut the raw data into some first.
 
