@@ -20,9 +20,10 @@ from omni_cli.errors import DataError, OmniError, UsageError
 from omni_cli.formats.physical_ai_av import CAMERA_SETS, CAMERAS, CLIP_INDEX_FILE, FEATURES
 from omni_cli.report import Console
 from omni_cli.sources import open_source
-from omni_cli.stages.fetch import FetchRequest, SyntheticOptions, camera_names, fetch
+from omni_cli.stages.fetch import FetchRequest, SyntheticSpec, camera_names, fetch
 from omni_cli.stages.fetch.openpilot import segment_place
 from omni_cli.stages.fetch.selection import parse_chunks
+from omni_cli.stages.pipeline import FetchSettings, fetch_request
 from tests.support import pai
 from tests.support.hub import Fault, serve_hub
 
@@ -372,7 +373,7 @@ def test_the_real_route_is_imported_and_opens(tmp_path):
 
 
 def test_the_synthetic_world_is_rendered_once_and_mended(tmp_path):
-    world = SyntheticOptions(seed=3, clips_per_chunk=1, seconds=0.3, fps=10, width_px=64, height_px=36)
+    world = SyntheticSpec(seed=3, clips_per_chunk=1, seconds=0.3, fps=10, width_px=64, height_px=36)
     options = {"source": "synthetic", "cameras": CAMERAS[:2], "synthetic": world, "workers": 2}
     result = get(tmp_path, **options)
     folder = tmp_path / "raw" / "synthetic"
@@ -386,8 +387,14 @@ def test_the_synthetic_world_is_rendered_once_and_mended(tmp_path):
     get(tmp_path, **{**options, "chunks": "3-3"})
     assert sorted(map(int, json.loads((folder / "synthetic.json").read_text())["chunks"])) == [0, 1, 3]
     assert len(open_source("synthetic", folder).recordings()) == 3
-    other = {**options, "synthetic": SyntheticOptions(seed=4, clips_per_chunk=1, seconds=0.3, fps=10)}
+    other = {**options, "synthetic": SyntheticSpec(seed=4, clips_per_chunk=1, seconds=0.3, fps=10)}
     with pytest.raises(UsageError, match=r"another synthetic world \(.*seed: 3 there, 4 asked for.*--data"):
         get(tmp_path, **other)
     assert get(tmp_path / "dry", **options, dry_run=True)["fetched"] == 2
     assert not (tmp_path / "dry").exists()
+
+
+def test_the_fetch_table_of_omni_run_draws_the_same_world_as_omni_fetch() -> None:
+    assert fetch_request(FetchSettings(), Path("d")).synthetic == SyntheticSpec()
+    asked = fetch_request(FetchSettings(rig="b", clutter=0.5, seed=3), Path("d")).synthetic
+    assert asked == SyntheticSpec(rig="b", clutter=0.5, seed=3)

@@ -45,11 +45,11 @@ def command(
     From the hub, from a folder (--from), or drawn by the synthetic world. Run again, it fetches what is missing.
     """
     from omni_cli.report import Console
-    from omni_cli.stages.fetch import FetchRequest, SyntheticOptions, camera_names, fetch
+    from omni_cli.stages.fetch import FetchRequest, SyntheticSpec, camera_names, fetch
 
     console = Console(quiet=quiet, json_output=json)
     names = camera_names(cameras) if cameras else ()
-    world = SyntheticOptions(seed, clips_per_chunk, seconds, fps, *parse_size(size), rig, clutter)
+    world = SyntheticSpec(seed, clips_per_chunk, seconds, fps, *parse_size(size), rig=rig, clutter=clutter)
     request = FetchRequest(
         source=source, data=data, chunks=chunks, clips=comma_list(clips), cameras=names, origin=origin,
         max_gb=max_gb, workers=workers, revision=revision, dry_run=dry_run, synthetic=world,

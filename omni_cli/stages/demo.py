@@ -22,7 +22,7 @@ from omni_cli.stages.bench import BenchRequest, bench
 from omni_cli.stages.etl import EtlRequest, etl
 from omni_cli.stages.evaluate import EvalRequest, evaluate, table_of
 from omni_cli.stages.export import ExportRequest, export
-from omni_cli.stages.fetch import FetchRequest, SyntheticOptions, fetch
+from omni_cli.stages.fetch import FetchRequest, SyntheticSpec, fetch
 from omni_cli.stages.infer import InferRequest, infer, subject_of_run
 from omni_cli.stages.merge import MergeRequest, merge
 from omni_cli.stages.train import TrainRequest, train
@@ -30,7 +30,7 @@ from omni_cli.stages.train import TrainRequest, train
 PROFILE = "cpu-tiny"
 _STEPS = 12
 # Many short drives: with few, a model learns what each looks like instead of how it moves (measured).
-DRIVES = SyntheticOptions(clips_per_chunk=10, seconds=1.2, fps=10, width_px=96, height_px=54, clutter=0.2)
+DRIVES = SyntheticSpec(clips_per_chunk=10, seconds=1.2, fps=10, width_px=96, height_px=54, clutter=0.2)
 SAMPLE = {"cameras": "4-cam", "window": 8, "stride": 1, "rate_hz": 10.0, "canvas_px": 112}
 
 RecipeMaker = Callable[[Mapping[str, Any]], Any]

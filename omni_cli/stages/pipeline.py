@@ -3,7 +3,7 @@
 Every step finishes only what its receipts do not say is done, so that the whole can be killed and run again.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from omni_cli.stages import runs
 from omni_cli.stages.audit import AuditRequest, audit
 from omni_cli.stages.etl import EtlRequest, etl
 from omni_cli.stages.evaluate import EvalRequest, evaluate
-from omni_cli.stages.fetch import FetchRequest, SyntheticOptions, camera_names, fetch
+from omni_cli.stages.fetch import FetchRequest, SyntheticSpec, camera_names, fetch
 from omni_cli.stages.train import TrainRequest, train
 
 
@@ -35,6 +35,8 @@ class FetchSettings(Settings):
     fps: int = 30
     width_px: int = 320
     height_px: int = 180
+    rig: str = "mixed"
+    clutter: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ def pipeline(recipe: Any, request: PipelineRequest, console: Console) -> dict[st
 
 def fetch_request(settings: FetchSettings, data: Path) -> FetchRequest:
     """Return what `omni fetch` would be asked for."""
+    world = {field.name: getattr(settings, field.name) for field in fields(SyntheticSpec) if field.name != "cameras"}
     return FetchRequest(
         source=settings.source,
         data=data,
@@ -88,12 +91,5 @@ def fetch_request(settings: FetchSettings, data: Path) -> FetchRequest:
         max_gb=settings.max_gb,
         workers=settings.workers,
         revision=settings.revision,
-        synthetic=SyntheticOptions(
-            settings.seed,
-            settings.clips_per_chunk,
-            settings.seconds,
-            settings.fps,
-            settings.width_px,
-            settings.height_px,
-        ),
+        synthetic=SyntheticSpec(**world),
     )

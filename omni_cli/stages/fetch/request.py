@@ -3,19 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-
-@dataclass(frozen=True)
-class SyntheticOptions:
-    """How the synthetic world is drawn: a seed, and the size of what is drawn."""
-
-    seed: int = 0
-    clips_per_chunk: int = 4
-    seconds: float = 20.0
-    fps: int = 30
-    width_px: int = 320
-    height_px: int = 180
-    rig: str = "mixed"  # a, b, or each clip its own
-    clutter: float = 1.0  # 0: an empty road, 1: a town
+from omni_cli.world.clip import SyntheticSpec
 
 
 @dataclass(frozen=True)
@@ -36,7 +24,7 @@ class FetchRequest:
     workers: int = 12
     revision: str | None = None
     dry_run: bool = False
-    synthetic: SyntheticOptions = field(default_factory=SyntheticOptions)
+    synthetic: SyntheticSpec = field(default_factory=SyntheticSpec)  # its cameras are those of `cameras`
     retry_wait_s: float = 1.0
 
     @property

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def fetch_synthetic(request: FetchRequest, console: Console) -> dict[str, Any]:
 
 def _spec(request: FetchRequest) -> SyntheticSpec:
     cameras = tuple(camera for camera in CAMERAS if camera in (request.cameras or CAMERAS))
-    return SyntheticSpec(**asdict(request.synthetic), cameras=cameras)
+    return replace(request.synthetic, cameras=cameras)
 
 
 def _read_made(folder: Path, spec: SyntheticSpec) -> dict[int, list[str]]:
