@@ -17,7 +17,7 @@ import tomli
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
-from omni_cli.errors import UsageError
+from omni_cli.errors import DataError, UsageError
 
 MAX_TOML_BYTES = 1 << 20
 DEFAULT_ORIGIN = "default"
@@ -103,6 +103,25 @@ def resolve(schema: type[S], layers: Sequence[Layer]) -> Resolved[S]:
         return Resolved(schema.model_validate(_lists_to_tuples(merged)), origins)
     except ValidationError as error:
         raise UsageError(_explain(schema, error.errors()[0], origins)) from None
+
+
+def read_document(path: Path, schema: type[S], what: str) -> S:
+    """Read a JSON document that omni wrote.
+
+    Args:
+        path: of the file.
+        schema: of what it holds.
+        what: it should be, for the error: `a manifest of format 1`.
+
+    Raises:
+        DataError: it is something else; the first wrong key is named.
+    """
+    try:
+        return schema.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise DataError(f"{path}: not {what} ({key}: {first['msg']})") from None
 
 
 def dump_toml(settings: Settings) -> str:

@@ -56,6 +56,7 @@ class TuneSettings(Settings):
     alpha: int = Field(32, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    train_merger: bool = False  # beside an adapter, what joins vision tower and language model learns in full
 
 
 class TrainSettings(Settings):
@@ -68,7 +69,7 @@ class TrainSettings(Settings):
     warmup_ratio: float = Field(0.1, ge=0, lt=1)
     weight_decay: float = Field(0.01, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    optimizer: str = "adamw_torch"
+    optimizer: str = "adamw_torch_fused"
     epochs: float = Field(1.0, gt=0)
     max_steps: int = -1  # over epochs where positive
     max_tokens: int = Field(65_536, ge=1)  # of one sample

@@ -8,8 +8,17 @@ import tomli
 from hypothesis import given
 from hypothesis import strategies as st
 
-from omni_cli.config import Layer, Settings, differences, dump_toml, override_layer, read_layer, resolve
-from omni_cli.errors import UsageError
+from omni_cli.config import (
+    Layer,
+    Settings,
+    differences,
+    dump_toml,
+    override_layer,
+    read_document,
+    read_layer,
+    resolve,
+)
+from omni_cli.errors import DataError, UsageError
 
 
 class Lora(Settings):
@@ -80,3 +89,10 @@ def test_dumped_settings_read_back_equal(note, rate, rank):
 
 def test_differences_name_the_keys():
     assert differences(Train(), Train(lora=Lora(rank=9))) == ["lora.rank: 8 -> 9"]
+
+
+def test_a_document_of_another_format_is_named_with_its_first_wrong_key(tmp_path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text('{"lora": {"rank": "high"}}')
+    with pytest.raises(DataError, match=r"run\.json: not a run \(lora\.rank: .*integer"):
+        read_document(path, Train, "a run")

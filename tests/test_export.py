@@ -66,7 +66,7 @@ def test_onnxruntime_computes_what_the_vision_tower_does(made, in_onnx, windows)
     assert [one.name for one in session.get_outputs()] == names
     for one, other in zip(found, expected, strict=True):
         assert one.shape == (windows * preprocess.visual_tokens, 128)
-        np.testing.assert_allclose(one, other.numpy(), atol=5e-6)
+        np.testing.assert_allclose(one, other.numpy(), atol=2e-5, rtol=0)
 
 
 def test_the_card_says_what_the_programs_are(made, in_onnx):
@@ -79,7 +79,7 @@ def test_the_card_says_what_the_programs_are(made, in_onnx):
     assert card["programs"] == result["programs"]
     assert [program["file"] for program in card["programs"]] == ["vision-b1.onnx", "vision-b2.onnx"]
     for program in card["programs"]:
-        assert 0 < program["max_difference"] < 5e-6 < program["allowed_difference"]
+        assert 0 < program["max_difference"] < 2e-5 < program["allowed_difference"]
         session = onnxruntime.InferenceSession(str(folder / program["file"]))
         assert {one.name: one.shape for one in session.get_inputs()} == program["inputs"]
         assert {one.name: one.shape for one in session.get_outputs()} == program["outputs"]

@@ -1,13 +1,16 @@
 """Qwen-VL models: rope ids, batches, adapters, and the checks that guard them."""
 
+import shutil
+import tempfile
 from typing import Any
 
 import pyarrow as pa
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText
 
 from omni_cli.errors import OmniError
-from omni_cli.models import adapters, losses, qwen_vl
+from omni_cli.models import adapters, batched_vision, losses, qwen_vl
 from omni_cli.models.rope import rope_ids
 from omni_cli.recipes.vlm import Vlm
 
@@ -66,19 +69,53 @@ def test_batched_logits_equal_single_ones(family: str) -> None:
             assert torch.allclose(both[index, :length], logits([row])[0], atol=1e-5, rtol=0)
 
 
+def librarys_own(model: Any) -> Any:
+    """Return the library's model with the same weights, none of its parts replaced."""
+    model.save_pretrained(folder := tempfile.mkdtemp())
+    library = AutoModelForImageTextToText.from_pretrained(folder)
+    shutil.rmtree(folder)
+    assert library.config.vision_config._attn_implementation == "sdpa"
+    assert isinstance(library.model.visual.patch_embed.proj, torch.nn.Conv3d)
+    assert not isinstance(library.model.visual.patch_embed, batched_vision.LinearPatchEmbed)
+    return library.eval()
+
+
+def seen(output: Any) -> torch.Tensor:
+    return torch.cat([output.pooler_output, *(getattr(output, "deepstack_features", None) or ())])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("grids", [[(2, 4, 8), (2, 4, 8)], [(1, 6, 10), (4, 4, 8), (2, 10, 4)]])
+def test_a_batched_tower_equals_the_librarys_with_its_gradients(family: str, grids) -> None:
+    """The second case has attention windows of several lengths, cut off at the pictures' edges."""
+    vlm = recipe(family)
+    model = vlm.build(vlm.preprocess()).model
+    towers = [model.model.visual, librarys_own(model).model.visual]
+    patches = sum(t * h * w for t, h, w in grids)
+    pixels = torch.randn(patches, towers[0].patch_embed.proj.weight[0].numel())
+    outputs = [seen(tower(pixels, torch.tensor(grids), return_dict=True)) for tower in towers]
+    assert torch.allclose(*outputs, atol=3e-6 * float(outputs[1].detach().abs().max()), rtol=0)
+    weighting = torch.randn_like(outputs[0])
+    for output in outputs:
+        (output * weighting).sum().backward()
+    for (name, ours), theirs in zip(towers[0].named_parameters(), towers[1].parameters(), strict=True):
+        assert torch.allclose(ours.grad, theirs.grad, atol=1e-4 * float(theirs.grad.abs().max()), rtol=0), name
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_the_librarys_own_forward(family: str) -> None:
     """The library computes features and positions itself; a short wide video has the same positions in both."""
     vlm = recipe(family)
     preprocess, (row,) = vlm.preprocess(), make_rows(vlm, [7.5])
     model = vlm.build(preprocess).model.eval()
+    library = librarys_own(model)
     batch = vlm.collate([row], preprocess)
     pixels, grid = preprocess.pixel_values(batch["canvases"]), torch.tensor([preprocess.grid])
     video = model.config.video_token_id
     with torch.no_grad():
         features = qwen_vl.video_features(model, pixels, grid)
         ours = qwen_vl.forward_logits(model, batch, features, torch.arange(len(row["input_ids"])))
-        theirs = model(
+        theirs = library(
             input_ids=batch["input_ids"],
             pixel_values_videos=pixels,
             video_grid_thw=grid,

@@ -286,15 +286,20 @@ def test_a_parquet_file_that_is_none_is_refused(copy):
     assert PhysicalAiAv(copy).open(CLIPS[0]).cameras[FRONT].calibration is None
 
 
-def test_full_size_clips_are_whole(tmp_path):
+@pytest.mark.parametrize(
+    ("seconds", "cameras"),
+    [(3, (FRONT, LEFT)), pytest.param(20, layout.CAMERAS, marks=pytest.mark.storm, id="a whole clip")],
+)
+def test_full_size_clips_are_whole(tmp_path, seconds, cameras):
     spec = SyntheticSpec(
-        seed=1, clips_per_chunk=1, seconds=3, fps=10, width_px=1920, height_px=1080, cameras=(FRONT, LEFT)
+        seed=1, clips_per_chunk=1, seconds=seconds, fps=30, width_px=1920, height_px=1080, cameras=cameras
     )
     write_chunk(tmp_path, spec, 0, [render_clip(spec, 0, 0)])
     write_indices(tmp_path, spec, [0])
     recording = PhysicalAiAv(tmp_path).open(clip_id(spec, 0, 0))
+    assert set(recording.cameras) == set(cameras)
     for name, stream in recording.cameras.items():
         info = probe(stream.video.read(), name)
-        assert (info.codec, info.width_px, info.height_px, info.num_frames) == ("h264", 1920, 1080, 30)
-        assert len(stream.timestamp_us) == 30
+        assert (info.codec, info.width_px, info.height_px, info.num_frames) == ("h264", 1920, 1080, seconds * 30)
+        assert len(stream.timestamp_us) == seconds * 30
         assert stream.calibration.model.width_px == 1920

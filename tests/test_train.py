@@ -108,7 +108,7 @@ def test_a_damaged_checkpoint_does_not_count(tmp_path) -> None:
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "weights").write_bytes(b"w" * step)
-        checkpoints.seal_checkpoint(folder, step)
+        runs.seal_folder(folder, step=step)
     assert checkpoints.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
     (tmp_path / "checkpoint-6" / "weights").write_bytes(b"x" * 6)
     (tmp_path / "checkpoint-9").mkdir()

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
 from omni_cli.errors import DataError, OmniError
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MERGER = re.compile(r"visual\.(merger|deepstack_merger_list\.\d+)$")
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class AdapterSpec:
     dropout: float
     targets: tuple[str, ...]
     use_dora: bool = False
+    train_merger: bool = False  # between vision tower and language model: in full, saved with the adapter
 
 
 def target_pattern(targets: Sequence[str]) -> str:
@@ -40,6 +43,11 @@ def target_pattern(targets: Sequence[str]) -> str:
     parts = [f"self_attn\\.({attention})"] if attention else []
     parts += [f"mlp\\.({mlp})"] if mlp else []
     return rf".*language_model\.layers\.\d+\.({'|'.join(parts)})"
+
+
+def merger_names(model: nn.Module) -> list[str]:
+    """Return the modules that map the vision tower's output to the language model's width."""
+    return [name for name, _ in model.named_modules() if _MERGER.search(name)]
 
 
 def attach(model: PreTrainedModel, spec: AdapterSpec) -> nn.Module:
@@ -54,6 +62,7 @@ def attach(model: PreTrainedModel, spec: AdapterSpec) -> nn.Module:
         lora_dropout=spec.dropout,
         use_dora=spec.use_dora,
         target_modules=target_pattern(spec.targets),
+        modules_to_save=merger_names(model) if spec.train_merger else None,
         task_type="CAUSAL_LM",
     )
     wrapped: nn.Module = get_peft_model(model, config)
@@ -110,9 +119,13 @@ def verify(model: nn.Module, spec: AdapterSpec) -> None:
         if rank != spec.rank or scale != spec.alpha / spec.rank:
             asked = f"asked for {spec.rank} and {spec.alpha / spec.rank}"
             raise OmniError(f"adapter on {name} has rank {rank} and scale {scale}; {asked}")
-    found, expected = trainable_count(model), sum(_analytic(layer, spec) for layer in layers.values())
-    if found != expected:
-        raise OmniError(f"{found:,} weights are trainable; the adapter alone has {expected:,}")
+    mergers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    if bool(mergers) != spec.train_merger:
+        raise OmniError(f"{len(mergers)} mergers learn beside the adapter; asked for train_merger={spec.train_merger}")
+    expected = sum(_analytic(layer, spec) for layer in layers.values())
+    expected += sum(weight_count(merger.original_module) for merger in mergers)
+    if (found := trainable_count(model)) != expected:
+        raise OmniError(f"{found:,} weights are trainable; what was asked for has {expected:,}")
 
 
 def trainable_count(model: nn.Module) -> int:

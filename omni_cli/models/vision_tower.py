@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.exporters import exporter_onnx
 from transformers.exporters.utils import apply_patches, prepare_for_export
 
+from omni_cli.models.batched_vision import PLAIN, set_attention
 from omni_cli.models.qwen_vl import base_of
 
 INPUT_NAME = "pixel_values"
@@ -28,6 +29,7 @@ class VisionTower(nn.Module):
     def __init__(self, model: nn.Module, grid: tuple[int, int, int], batch: int, example: Tensor) -> None:
         super().__init__()
         self.visual = base_of(model).model.visual
+        set_attention(self.visual, PLAIN)  # the library's exporter knows how to trace its own loop
         inputs = {"hidden_states": example, "grid_thw": torch.tensor([grid] * batch)}
         _, prepared, _ = prepare_for_export(self.visual, inputs)
         self.constants = {name: value for name, value in prepared.items() if name != "hidden_states"}

@@ -19,6 +19,7 @@ from omni_cli.errors import UsageError
 from omni_cli.formats import video
 from omni_cli.formats.physical_ai_av import CAMERA_SETS, expand_cameras
 from omni_cli.models import adapters, families, hub_files, losses, qwen_vl, rope, tiny, vision_tower
+from omni_cli.models.batched_vision import batch_vision
 from omni_cli.recipe import (
     Batch,
     BuiltModel,
@@ -154,8 +155,10 @@ class Vlm(Settings):
         """Return the base model, or the same architecture with the weights of `source`."""
         dtype = qwen_vl.DTYPES[self.precision]
         if source is None and families.is_tiny(self.model):
-            return tiny.tiny_model(families.family_of(self.model).name, self.tokenizer(preprocess), self.train.seed)
-        return qwen_vl.load_model(source or self.model, dtype, self.quantization)
+            family = families.family_of(self.model).name
+            drawn = tiny.tiny_model(family, self.tokenizer(preprocess), self.train.seed)
+            return batch_vision(qwen_vl.place(drawn, "cpu", self.precision))
+        return batch_vision(qwen_vl.load_model(source or self.model, dtype, self.quantization))
 
     def collate(self, rows: Sequence[Row], preprocess: Preprocess) -> Batch:
         """Stack rows, padded on the right; pictures stay uint8 (n, frames, height, width, 3)."""
@@ -311,7 +314,9 @@ class Vlm(Settings):
 
     def _adapter(self) -> adapters.AdapterSpec:
         tune = self.tune
-        return adapters.AdapterSpec(tune.rank, tune.alpha, tune.dropout, tune.targets, tune.mode == "dora")
+        return adapters.AdapterSpec(
+            tune.rank, tune.alpha, tune.dropout, tune.targets, tune.mode == "dora", tune.train_merger
+        )
 
     def _time_step(self, preprocess: Preprocess) -> float:
         if preprocess.vision.family != "qwen2_5_vl":

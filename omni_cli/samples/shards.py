@@ -16,9 +16,9 @@ from typing import Any, BinaryIO
 from urllib.parse import quote
 
 import pyarrow as pa
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from omni_cli.config import Settings
+from omni_cli.config import Settings, read_document
 from omni_cli.errors import DataError, UsageError
 from omni_cli.files import commit, hash_json, read_receipt, verified_receipt, write_json, write_receipt
 from omni_cli.samples.preprocess import Preprocess
@@ -221,12 +221,7 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         DataError: it is not one of this format.
     """
-    try:
-        return Manifest.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise DataError(f"{path}: not a manifest of format {FORMAT} ({key}: {first['msg']}); make it again") from None
+    return read_document(path, Manifest, f"a manifest of shards of format {FORMAT}")
 
 
 def open_shards(folder: Path) -> ShardSet:

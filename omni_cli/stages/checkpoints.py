@@ -1,23 +1,13 @@
 """Checkpoints that can be trusted: a manifest of hashes, written last, is what makes one count."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
 from omni_cli import files
-from omni_cli.stages.runs import HISTORY, seal_folder, verified_folder
+from omni_cli.stages.runs import HISTORY, verified_folder
 
 PREFIX = "checkpoint-"
-
-
-def seal_checkpoint(folder: Path, step: int) -> None:
-    """Flush a checkpoint that was just written and publish its hashes."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb+") as stream:
-                os.fsync(stream.fileno())
-    seal_folder(folder, step=step)
 
 
 def newest_checkpoint(checkpoints: Path) -> Path | None:

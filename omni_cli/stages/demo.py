@@ -2,7 +2,8 @@
 
 A tiny vision-language model learns in full to read its speed from four cameras of one rig. A LoRA adapter then teaches
 it the other rig and a longer answer. Everything is measured on drives that were never seen, then merged, exported,
-asked about a clip, and timed.
+asked about a clip, and timed. With `--base smollm2` a real pretrained language model takes the tiny one's place between
+the two: it looks through the tower that the tiny model learned.
 """
 
 import time
@@ -10,13 +11,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from omni_cli.errors import DataError
 from omni_cli.formats.physical_ai_av import CAMERA_SETS
+from omni_cli.models import graft
+from omni_cli.recipe import BuiltModel
 from omni_cli.report import Console
 from omni_cli.samples.shards import open_shards
-from omni_cli.stages import runs
+from omni_cli.stages import models, runs
 from omni_cli.stages.audit import AuditRequest, audit
 from omni_cli.stages.bench import BenchRequest, bench
 from omni_cli.stages.etl import EtlRequest, etl
@@ -28,7 +31,10 @@ from omni_cli.stages.merge import MergeRequest, merge
 from omni_cli.stages.train import TrainRequest, train
 
 PROFILE = "cpu-tiny"
-_STEPS = 12
+Base = Literal["tiny", "smollm2"]
+_STEPS = {"tiny": 12, "smollm2": 13}
+_ADAPTER_STEPS = {"tiny": 400, "smollm2": 200}
+_ADAPTER_RATES = {"tiny": 2e-3, "smollm2": 1e-3}
 # Many short drives: with few, a model learns what each looks like instead of how it moves (measured).
 DRIVES = SyntheticSpec(clips_per_chunk=10, seconds=1.2, fps=10, width_px=96, height_px=54, clutter=0.2)
 SAMPLE = {"cameras": "4-cam", "window": 8, "stride": 1, "rate_hz": 10.0, "canvas_px": 112}
@@ -43,9 +49,10 @@ class DemoRequest:
     folder: Path
     seed: int = 0
     chunks: int = 50  # of the base's drives; the adapter gets half as many
-    base_steps: int = 1200
-    adapter_steps: int = 400
+    base_steps: int = 1000
+    adapter_steps: int | None = None  # None: what suits the base
     workers: int = 2
+    base: Base = "tiny"
 
 
 @dataclass
@@ -53,12 +60,13 @@ class _Story:
     """Numbers the steps and says what each is for."""
 
     console: Console
+    steps: int
     step: int = 0
 
     @contextmanager
     def tell(self, verb: str, purpose: str) -> Iterator[None]:
         self.step += 1
-        self.console.say(f"\n[{self.step}/{_STEPS}] omni {verb}: {purpose}")
+        self.console.say(f"\n[{self.step}/{self.steps}] omni {verb}: {purpose}")
         started = time.monotonic()
         yield
         self.console.say(f"      {time.monotonic() - started:.0f} s")
@@ -73,11 +81,15 @@ def demo(make_recipe: RecipeMaker, request: DemoRequest, console: Console) -> di
         console: tells the story.
     """
     started = time.monotonic()
-    story, runs_folder = _Story(console), request.folder / "runs"
+    if request.base == "smollm2":
+        graft.smollm2_file()  # missing, it is said now and not in five minutes
+    story, runs_folder = _Story(console, _STEPS[request.base]), request.folder / "runs"
     base = make_recipe(base_settings(request))
     base_data = _drives(request, "a", request.chunks, story)
     base_eval = _learn(base, base_data, request, "base", story)
-    adapter = make_recipe(adapter_settings(request, runs_folder / "base" / runs.FINAL))
+    seeing = runs.open_finished(runs_folder / "base")
+    adapted = seeing.final if request.base == "tiny" else _give_language(base, seeing, request, story)
+    adapter = make_recipe(adapter_settings(request, adapted))
     adapter_data = _drives(request, "b", request.chunks // 2, story)
     adapter_eval = _learn(adapter, adapter_data, request, "adapter", story)
     made = _use(adapter, runs.open_finished(runs_folder / "adapter"), adapter_data, request, story)
@@ -110,8 +122,13 @@ def adapter_settings(request: DemoRequest, base: Path) -> dict[str, Any]:
             "rank": 16,
             "alpha": 32,
             "targets": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+            "train_merger": request.base != "tiny",  # a grafted one is new
         },
-        "train": {"max_steps": request.adapter_steps, "learning_rate": 2e-3, "seed": request.seed},
+        "train": {
+            "max_steps": request.adapter_steps or _ADAPTER_STEPS[request.base],
+            "learning_rate": _ADAPTER_RATES[request.base],
+            "seed": request.seed,
+        },
     }
 
 
@@ -144,6 +161,22 @@ def _learn(recipe: Any, data: Path, request: DemoRequest, name: str, story: _Sto
         train(recipe, TrainRequest(shards, data, runs_folder, name, PROFILE), console)
     with story.tell("eval", "on held-out drives, beside controls that must fail; a twin is trained blind"):
         return evaluate(recipe, runs.open_finished(runs_folder / name), EvalRequest(), console)
+
+
+def _give_language(recipe: Any, run: runs.Run, request: DemoRequest, story: _Story) -> Path:
+    """Make the folder of SmolLM2 under the vision tower of a run."""
+    folder, key = request.folder / request.base, models.weights_key(run)
+    with story.tell("demo", "SmolLM2, a real language model, takes the tiny one's place under the trained tower"):
+        if models.made_from(folder, run_weights=key):
+            story.console.say(f"{folder} is made from these weights; nothing to do")
+            return folder
+        llama, tokenizer = graft.load_llama(graft.smollm2_file())
+        seeing = recipe.load(run.manifest.preprocess, run.final).model
+        with models.publish_folder(folder, "grafting into") as made:
+            recipe.save(BuiltModel(graft.graft(llama, tokenizer, seeing, request.seed), tokenizer), made)
+        runs.seal_folder(folder, run_weights=key)
+        story.console.say(f"{folder}: the logits of a text are SmolLM2's own, bit for bit")
+    return folder
 
 
 def _use(recipe: Any, run: runs.Run, data: Path, request: DemoRequest, story: _Story) -> dict[str, Any]:

@@ -5,7 +5,6 @@ MODEL/config.json …  what `AutoModelForImageTextToText` and `AutoTokenizer` lo
 MODEL.receipt.json   written last: every file with its size and hash
 """
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
 from omni_cli import files
-from omni_cli.config import Layer, Settings, resolve
+from omni_cli.config import Layer, Settings, read_document, resolve
 from omni_cli.errors import DataError, UsageError
 from omni_cli.samples.preprocess import Preprocess
 from omni_cli.stages import runs
@@ -87,12 +85,7 @@ def open_model(folder: Path) -> ModelFolder:
         raise UsageError(f"{folder} is {_what_it_is(folder)} (expected a model of omni, with an {CARD_FILE})")
     if files.receipt_path(folder).is_file() and runs.verified_folder(folder) is None:
         raise DataError(f"{folder}: does not match its receipt; make it again with: omni merge or omni export")
-    try:
-        return ModelFolder(folder, ModelCard.model_validate_json(path.read_bytes()))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise DataError(f"{path}: not a model card of format {FORMAT} ({key}: {first['msg']})") from None
+    return ModelFolder(folder, read_document(path, ModelCard, f"a model card of format {FORMAT}"))
 
 
 @contextmanager
@@ -112,7 +105,7 @@ def publish_folder(folder: Path, doing: str) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
         made.mkdir()
         yield made
-        _flush(made)
+        files.sync_tree(made)  # before the rename says that it is there
         files.receipt_path(folder).unlink(missing_ok=True)
         if folder.exists():
             folder.rename(old)
@@ -147,17 +140,6 @@ def _may_be_replaced(folder: Path) -> bool:
         return False
     is_ours = files.receipt_path(folder).is_file() or any((folder / card).is_file() for card in (CARD_FILE, ONNX_CARD))
     return is_ours or not any(folder.iterdir())
-
-
-def _flush(folder: Path) -> None:
-    """Bring every byte to the disk before the rename says that they are there."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
-        else:
-            files.sync_folder(path)
-    files.sync_folder(folder)
 
 
 def best_device() -> str:

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from omni_cli import files
-from omni_cli.config import Layer, Settings, dump_toml, resolve
+from omni_cli.config import Layer, Settings, dump_toml, read_document, resolve
 from omni_cli.errors import DataError, UsageError
 from omni_cli.samples.preprocess import Preprocess
 
@@ -104,12 +102,7 @@ def open_run(folder: Path) -> Run:
         raise UsageError(
             f"no run in {folder}: it has no {RUN_FILE}; train one with: omni train, or name one with --run"
         )
-    try:
-        return Run(folder, RunManifest.model_validate_json(path.read_bytes()))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise DataError(f"{path}: not a run manifest of format {FORMAT} ({key}: {first['msg']})") from None
+    return Run(folder, read_document(path, RunManifest, f"a run's manifest of format {FORMAT}"))
 
 
 def open_finished(folder: Path) -> Run:
@@ -144,7 +137,8 @@ def choose_run(run: Path | None, runs: Path) -> Path:
 
 
 def seal_folder(folder: Path, **facts: Any) -> dict[str, Any]:
-    """Write the receipt of a whole folder: the size and hash of every file in it."""
+    """Flush a whole folder and write its receipt: the size and hash of every file in it."""
+    files.sync_tree(folder)
     listed = {
         str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": files.sha256_of(path)}
         for path in sorted(folder.rglob("*"))

@@ -21,7 +21,7 @@ from omni_cli.recipe import Batch, Trainable
 from omni_cli.report import Step
 from omni_cli.samples.dataset import WindowDataset
 from omni_cli.samples.preprocess import Preprocess
-from omni_cli.stages.checkpoints import seal_checkpoint
+from omni_cli.stages.runs import seal_folder
 
 
 class TrueLoss:
@@ -108,7 +108,7 @@ class Journal(TrainerCallback):
         """Make the checkpoint count."""
         assert args.output_dir is not None
         if state.is_world_process_zero:
-            seal_checkpoint(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", state.global_step)
+            seal_folder(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", step=state.global_step)
 
 
 class StopOnSignal(TrainerCallback):
