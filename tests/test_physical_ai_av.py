@@ -14,10 +14,13 @@ from omni_cli import files
 from omni_cli.errors import DataError
 from omni_cli.formats import physical_ai_av as layout
 from omni_cli.formats.video import decode, probe
+from omni_cli.samples.windows import decode_camera
 from omni_cli.scene.clock import latest_at
+from omni_cli.scene.recording import CameraStream
 from omni_cli.sources import open_source
 from omni_cli.sources.physical_ai_av import PhysicalAiAv
 from omni_cli.world.dataset import SyntheticSpec, clip_id, render_clip, write_chunk, write_indices
+from tests.support import drives
 
 FRONT, LEFT = "camera_front_wide_120fov", "camera_cross_left_120fov"
 SPEC = SyntheticSpec(
@@ -284,6 +287,35 @@ def test_a_parquet_file_that_is_none_is_refused(copy):
         PhysicalAiAv(copy).open(CLIPS[0])
     path.unlink()
     assert PhysicalAiAv(copy).open(CLIPS[0]).cameras[FRONT].calibration is None
+
+
+def starting_later(content: bytes, frames: int) -> bytes:
+    """Copy a video's packets, the first `frames` before time 0, where an edit list hides them: `ffmpeg -ss -c copy`."""
+    copy = io.BytesIO()
+    with av.open(io.BytesIO(content)) as source, av.open(copy, "w", format="mp4") as target:
+        stream = source.streams.video[0]
+        track, offset = target.add_stream_from_template(stream), round(frames / SPEC.fps / stream.time_base)
+        for packet in source.demux(stream):
+            if packet.size:
+                packet.pts, packet.dts, packet.stream = packet.pts - offset, packet.dts - offset, track
+                target.mux(packet)
+    return copy.getvalue()
+
+
+def test_frames_that_an_edit_list_hides_are_no_frames(copy):
+    member = f"{CLIPS[0]}.{FRONT}.mp4"
+    preprocess = drives.preprocess(cameras=(FRONT,), columns=1)
+    whole = PhysicalAiAv(copy).open(CLIPS[0]).cameras[FRONT]
+    num_frames = len(whole.timestamp_us)
+    _, _, expected = decode_camera("whole", whole, np.arange(num_frames), preprocess)
+    rewrite(chunk_file(copy, FRONT), lambda members: members.update({member: starting_later(members[member], 10)}))
+    cut = PhysicalAiAv(copy).open(CLIPS[0]).cameras[FRONT]
+    with pytest.raises(DataError, match=f"cut: {num_frames - 10} frames for {num_frames} timestamps; fetch it again"):
+        decode_camera("cut", cut, np.arange(num_frames), preprocess)
+    shown = CameraStream(FRONT, cut.video, whole.timestamp_us[10:])
+    _, _, decoded = decode_camera("cut", shown, np.arange(num_frames - 10), preprocess)
+    for (_, picture), (_, true) in zip(decoded, list(expected)[10:], strict=True):
+        np.testing.assert_array_equal(picture, true)
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,23 @@
 """Video in and out, behind one small seam.
 
 Frames are named by their *index in presentation order*; their times come from the source's own timestamps, never from
-a frame rate. Two decoders, the same frames: PyAV (default: measured faster on a CPU for whole clips) and torchcodec in
-exact mode (exact random access; its approximate mode returns wrong frames, silently, and is never used). Each scales
-in its own way, so the decoder is part of the preprocessing that a shard, a run and an inference share.
+a frame rate. A container lists more frames than a decoder presents: those before the start of an edit list, before the
+first random access point of a file that was cut out of a longer one, and pictures that lean on what was cut away.
+`probe` counts and times the presented ones alone, and `decode` tells a frame by its time, not by its turn.
+
+Two decoders, the same frames: PyAV (default: measured faster on a CPU for whole clips) and torchcodec in exact mode
+(exact random access; its approximate mode returns wrong frames, silently, and is never used). Each scales in its own
+way, so the decoder is part of the preprocessing that a shard, a run and an inference share.
 """
 
 import io
+import math
+import re
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import BinaryIO, Literal
 
 import av
@@ -22,21 +30,31 @@ from omni_cli.formats import ffmpeg
 Decoder = Literal["pyav", "torchcodec"]
 Uint8Array = npt.NDArray[np.uint8]
 _SCALE_FLAGS = "area+accurate_rnd+full_chroma_int+bitexact"
+_SAME_TIME_S = 1e-6
+_USE_PYAV = "check the file, or decode it with: --set sample.decoder=pyav"
+_NAL_UNIT = re.compile(rb"\x00\x00\x01(.)", re.DOTALL)
+_HEVC_RASL, _HEVC_BLA, _HEVC_IRAP, _HEVC_LAST_SLICE = (8, 9), range(16, 19), range(16, 24), 31  # H.265, table 7-1
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What the headers of a video say, without decoding."""
+    """What a video presents."""
 
     codec: str
     width_px: int
     height_px: int
-    num_frames: int
-    pts_us: npt.NDArray[np.int64]  # (num_frames,) sorted; empty where the container has no times (raw HEVC)
+    num_frames: int  # that a decoder presents
+    pts: tuple[int, ...]  # (num_frames,) of those, ascending; empty where the container has no times (raw HEVC)
+    time_base_s: Fraction  # unit of `pts`
+
+    @cached_property
+    def pts_us(self) -> npt.NDArray[np.int64]:
+        """The frames' times; empty where the container has none."""
+        return np.array([round(pts * self.time_base_s * 1_000_000) for pts in self.pts], dtype=np.int64)
 
 
 def probe(video: bytes, name: str) -> VideoInfo:
-    """Read a video's headers and packet times.
+    """Read a video's headers and packet times; of one that was cut, decode the first frame: it tells where it begins.
 
     Args:
         video: the file's content.
@@ -48,11 +66,17 @@ def probe(video: bytes, name: str) -> VideoInfo:
     try:
         with _open(video) as container:
             stream = _video_stream(container, name)
-            times = [packet.pts for packet in container.demux(stream) if packet.size]
-            base = stream.time_base or Fraction(1)
-            known = [] if any(t is None for t in times) else sorted(round(t * base * 1_000_000) for t in times)
-            codec = stream.codec_context
-            return VideoInfo(codec.name, codec.width, codec.height, len(times), np.array(known, dtype=np.int64))
+            packets = [(p.pts, p.is_keyframe) for p in container.demux(stream) if p.size and not p.is_discard]
+            codec, base = stream.codec_context, stream.time_base or Fraction(1)
+            header = codec.name, codec.width, codec.height
+        listed = [pts for pts, _ in packets]
+        if None in listed:
+            count = _num_presented_hevc(video, name) if codec.name == "hevc" else len(listed)
+            return VideoInfo(*header, count, (), base)
+        listed.sort()
+        is_cut = bool(listed) and packets[0] != (listed[0], True)  # it does not begin with a keyframe, shown first
+        presented = tuple(listed[bisect_left(listed, _first_pts(video, name)) if is_cut else 0 :])
+        return VideoInfo(*header, len(presented), presented, base)
     except av.FFmpegError as error:
         raise DataError(f"{name}: not a readable video ({error.strerror}); check the file or fetch it again") from None
 
@@ -145,9 +169,41 @@ def _video_stream(container: av.container.InputContainer, name: str) -> av.Video
     return container.streams.video[0]
 
 
+def _first_pts(video: bytes, name: str) -> float:
+    """Decode until the first frame; return its time in the stream's unit, infinity where none can be decoded."""
+    with _open(video) as container:
+        stream = _video_stream(container, name)
+        stream.thread_type = "NONE"
+        first = next(container.decode(stream), None)
+        return math.inf if first is None else first.pts
+
+
+def _num_presented_hevc(video: bytes, name: str) -> int:
+    """Count the pictures that a decoder presents of a raw HEVC stream, which has no times to tell them by.
+
+    Decoding begins at the first random access picture (IRAP). The leading pictures called RASL refer to pictures before
+    theirs: where that is the first, or one at a splice (BLA), they are not output (H.265, 8.1.3).
+    """
+    count, began, drops_rasl = 0, False, True
+    with _open(video) as container:
+        for kind in map(_hevc_picture_type, container.demux(_video_stream(container, name))):
+            if kind in _HEVC_IRAP:
+                drops_rasl = not began or kind in _HEVC_BLA
+                began = True
+            count += kind is not None and began and not (drops_rasl and kind in _HEVC_RASL)
+    return count
+
+
+def _hevc_picture_type(packet: av.Packet) -> int | None:
+    """Return the NAL unit type of a packet's first slice; None where it holds no picture."""
+    types = ((unit[1][0] >> 1) & 63 for unit in _NAL_UNIT.finditer(bytes(packet)))
+    return next((kind for kind in types if kind <= _HEVC_LAST_SLICE), None)
+
+
 def _decode_pyav(
     video: bytes, name: str, indices: Sequence[int], width_px: int, height_px: int
 ) -> Iterator[tuple[int, Uint8Array]]:
+    info = probe(video, name)
     wanted = iter(indices)
     target = next(wanted, None)
     try:
@@ -155,9 +211,11 @@ def _decode_pyav(
             stream = _video_stream(container, name)
             stream.thread_type = "NONE"
             graph = _scaler(stream, width_px, height_px)
-            for position, frame in enumerate(container.decode(stream)):
+            for position, frame in _numbered(container.decode(stream), info, name):
                 if target is None:
                     return
+                if position > target:
+                    raise DataError(f"{name}: frame {target} is listed but cannot be decoded; fetch the file again")
                 if position == target:
                     if frame.is_corrupt:
                         raise DataError(f"{name}: frame {position} is damaged; fetch the file again")
@@ -168,6 +226,15 @@ def _decode_pyav(
         raise DataError(f"{name}: decoding failed ({error.strerror}); check the file or fetch it again") from None
     if target is not None:
         raise DataError(f"{name}: ends before frame {target}; the video is shorter than its timestamps")
+
+
+def _numbered(frames: Iterable[av.VideoFrame], info: VideoInfo, name: str) -> Iterator[tuple[int, av.VideoFrame]]:
+    """Yield (index, frame): by the frame's time, or in turn where the container has no times."""
+    index_of = {pts: index for index, pts in enumerate(info.pts)}
+    for turn, frame in enumerate(frames):
+        if info.pts and frame.pts not in index_of:
+            raise DataError(f"{name}: decodes to a frame that its container does not list; encode the video anew")
+        yield (index_of[frame.pts] if info.pts else turn), frame
 
 
 def _scaler(stream: av.VideoStream, width_px: int, height_px: int) -> av.filter.Graph:
@@ -183,19 +250,68 @@ def _scaler(stream: av.VideoStream, width_px: int, height_px: int) -> av.filter.
 def _decode_torchcodec(
     video: bytes, name: str, indices: Sequence[int], width_px: int, height_px: int
 ) -> Iterator[tuple[int, Uint8Array]]:
+    info = probe(video, name)
+    if indices and indices[-1] >= info.num_frames:
+        raise DataError(f"{name}: ends before frame {indices[-1]}; the video is shorter than its timestamps")
+    if not info.pts:
+        raise DataError(f"{name}: a raw {info.codec} stream has no times, which torchcodec needs; {_USE_PYAV}")
     codec = ffmpeg.load_torchcodec()
     try:
+        plain = _plain(video, name)
         reader = codec.decoders.VideoDecoder(
-            video,
+            plain.content,
             dimension_order="NHWC",
             seek_mode="exact",
             transforms=[codec.transforms.Resize((height_px, width_px))],
         )
         for start in range(0, len(indices), 32):
             block = list(indices[start : start + 32])
-            yield from zip(block, reader.get_frames_at(block).data.numpy(), strict=True)
-    except IndexError:
-        raise DataError(f"{name}: ends before frame {max(indices)}; the video is shorter than its timestamps") from None
-    except RuntimeError as error:
+            wanted = [info.pts[index] for index in block]
+            frames = reader.get_frames_at([bisect_left(plain.pts, pts) for pts in wanted])
+            asked_s = np.array([float((pts - plain.start) * info.time_base_s) for pts in wanted])
+            _check_times(frames.pts_seconds.numpy(), asked_s, name)
+            yield from zip(block, frames.data.numpy(), strict=True)
+    except (RuntimeError, av.FFmpegError) as error:
         first_line = str(error).splitlines()[0]
-        raise DataError(f"{name}: decoding failed ({first_line}); check the file or fetch it again") from None
+        raise DataError(f"{name}: torchcodec cannot decode it ({first_line}); {_USE_PYAV}") from None
+
+
+@dataclass(frozen=True)
+class _PlainVideo:
+    """A video in which torchcodec finds every frame."""
+
+    content: bytes
+    pts: list[int]  # of all its frames, ascending, presented or not, in the original's time base
+    start: int  # the original's pts that is 0 here
+
+
+def _plain(video: bytes, name: str) -> _PlainVideo:
+    """Copy the packets of a video that torchcodec 0.13 seeks wrongly in: MPEG-TS, and behind an edit list.
+
+    The copy is NUT, which keeps times exactly and hides nothing; frames that share a time cannot be told apart in it.
+    """
+    with _open(video) as source:
+        stream = _video_stream(source, name)
+        packets = [packet for packet in source.demux(stream) if packet.size]
+        times = {packet.pts for packet in packets} - {None}
+        if len(times) < len(packets):
+            raise DataError(f"{name}: torchcodec cannot tell its frames apart by their times; {_USE_PYAV}")
+        pts = sorted(times)
+        if source.format.name != "mpegts" and not any(packet.is_discard for packet in packets):
+            return _PlainVideo(video, pts, 0)
+        start, copy = min(pts[0], *(packet.dts for packet in packets if packet.dts is not None)), io.BytesIO()
+        with av.open(copy, "w", format="nut") as target:
+            track = target.add_stream_from_template(stream)
+            for packet in packets:
+                packet.pts -= start
+                packet.dts = None if packet.dts is None else packet.dts - start
+                packet.stream = track
+                target.mux(packet)
+    return _PlainVideo(copy.getvalue(), pts, start)
+
+
+def _check_times(got_s: npt.NDArray[np.float64], asked_s: npt.NDArray[np.float64], name: str) -> None:
+    """Refuse other frames than those asked for."""
+    if (wrong := np.flatnonzero(np.abs(got_s - asked_s) > _SAME_TIME_S)).size:
+        got, asked = got_s[wrong[0]], asked_s[wrong[0]]
+        raise DataError(f"{name}: torchcodec gives the frame at {got:.6f} s for the one at {asked:.6f} s; {_USE_PYAV}")

@@ -3,10 +3,13 @@
 import numpy as np
 import numpy.typing as npt
 
+from omni_cli.errors import UsageError
+
 Int64Array = npt.NDArray[np.int64]
 Float64Array = npt.NDArray[np.float64]
 
 MICROSECONDS_PER_SECOND = 1_000_000
+SLOWEST_HZ, FASTEST_HZ = 0.001, 1000.0  # of instants that a model looks at; no camera is faster
 
 
 def seconds(duration_us: int) -> float:
@@ -14,8 +17,25 @@ def seconds(duration_us: int) -> float:
     return duration_us / MICROSECONDS_PER_SECOND
 
 
+def check_rate(rate_hz: float) -> None:
+    """Refuse a rate whose period in microseconds would be 0, far off, or past the range of an int64.
+
+    Raises:
+        UsageError: it is not between `SLOWEST_HZ` and `FASTEST_HZ`.
+    """
+    if not SLOWEST_HZ <= rate_hz <= FASTEST_HZ:
+        raise UsageError(
+            f"sample.rate_hz = {rate_hz:g}: expected {SLOWEST_HZ:g} to {FASTEST_HZ:g} frames a second, such as 10"
+        )
+
+
 def period_us(rate_hz: float) -> int:
-    """Return the period of a rate, rounded to a microsecond."""
+    """Return the period of a rate, rounded to a microsecond.
+
+    Raises:
+        UsageError: no camera is that fast, or that slow.
+    """
+    check_rate(rate_hz)
     return round(MICROSECONDS_PER_SECOND / rate_hz)
 
 

@@ -64,11 +64,12 @@ def make_run(folder: Path, recipe: Vlm, *, data: Path, name: str = "run") -> Mad
     return Made(recipe, data, shards, runs.open_finished(Path(trained["run"])))
 
 
-def kill_recipe(family: str, mode: str, steps: int) -> Vlm:
+def kill_recipe(family: str, mode: str, schedule: str, steps: int) -> Vlm:
     """A recipe whose training takes long enough to be killed, and saves often."""
     train_settings = TrainSettings(
         batch_size=2,
         learning_rate=1e-3,
+        schedule=schedule,
         max_steps=steps,
         gradient_checkpointing=False,
         save_steps=3,

@@ -1,4 +1,4 @@
-"""Train in a process of its own, so that it can be killed: RUNS SHARDS FAMILY MODE STEPS."""
+"""Train in a process of its own, so that it can be killed: RUNS SHARDS FAMILY MODE SCHEDULE STEPS."""
 
 import sys
 from pathlib import Path
@@ -8,10 +8,9 @@ from omni_cli.stages.train import TrainRequest, train
 from tests.support.pipeline import QUIET, kill_recipe
 
 if __name__ == "__main__":
-    runs, shards, family, mode, steps = sys.argv[1:]
+    runs, shards, family, mode, schedule, steps = sys.argv[1:]
+    recipe = kill_recipe(family, mode, schedule, int(steps))
     try:
-        train(
-            kill_recipe(family, mode, int(steps)), TrainRequest(Path(shards), Path(runs), Path(runs), "r", "t"), QUIET
-        )
+        train(recipe, TrainRequest(Path(shards), Path(runs), Path(runs), "r", "t"), QUIET)
     except OmniError as error:
         sys.exit(error.exit_code)
