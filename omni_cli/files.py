@@ -11,7 +11,10 @@ import hashlib
 import json
 import os
 import secrets
+import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,6 +23,7 @@ from omni_cli.errors import OmniError
 RECEIPT_SUFFIX = ".receipt.json"
 TEMPORARY_MARK = ".omni-tmp-"
 _CHUNK_BYTES = 1 << 20
+_ABANDONED_S = 86_400.0  # a write that nobody here can ask about, and that has not grown for a day
 
 
 def sha256_of(path: Path) -> str:
@@ -62,7 +66,7 @@ def sync_tree(folder: Path) -> None:
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Yield a stream whose content appears at `path` only if the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}{TEMPORARY_MARK}{os.getpid()}-{secrets.token_hex(4)}")
+    temporary = path.with_name(f"{path.name}{TEMPORARY_MARK}{_here()}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         with temporary.open("xb") as stream:
             yield stream
@@ -135,11 +139,34 @@ def verified_receipt(path: Path, *, expect: Mapping[str, Any] | None = None) -> 
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files that killed processes left directly in `folder`."""
+    """Delete the temporary files that killed processes left directly in `folder`.
+
+    On a shared disk other hosts write there too. Whether their processes live cannot be told from here: what they left
+    is deleted when it is a day old.
+    """
     for path in folder.glob(f"*{TEMPORARY_MARK}*"):
-        pid = path.name.rpartition(TEMPORARY_MARK)[2].partition("-")[0]
-        if not (pid.isdigit() and _is_alive(int(pid))):
+        host, _, rest = path.name.rpartition(TEMPORARY_MARK)[2].partition("-")
+        pid = rest.partition("-")[0]
+        if not _is_alive(int(pid)) if host == _here() and pid.isdigit() else _is_abandoned(path):
             path.unlink(missing_ok=True)
+
+
+@cache
+def _here() -> str:
+    """Return what tells the processes that this one can see from all others: a hash of host and PID namespace.
+
+    Containers of one host may share its name and still number their processes apart.
+    """
+    namespace = Path("/proc/self/ns/pid")  # Linux
+    seen = f"{socket.gethostname()} {namespace.readlink() if namespace.is_symlink() else ''}"
+    return hashlib.sha256(seen.encode()).hexdigest()[:8]
+
+
+def _is_abandoned(path: Path) -> bool:
+    try:
+        return time.time() - path.stat().st_mtime > _ABANDONED_S
+    except FileNotFoundError:  # finished or removed meanwhile
+        return False
 
 
 def _is_alive(pid: int) -> bool:

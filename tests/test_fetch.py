@@ -1,5 +1,6 @@
 """`omni fetch` against a loopback hub, folders and the synthetic world: whole, verified, and only once."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ from omni_cli.errors import DataError, OmniError, UsageError
 from omni_cli.formats.physical_ai_av import CAMERA_SETS, CAMERAS, CLIP_INDEX_FILE, FEATURES
 from omni_cli.report import Console
 from omni_cli.sources import open_source
+from omni_cli.stages.audit import AuditRequest, audit
 from omni_cli.stages.fetch import FetchRequest, SyntheticSpec, camera_names, fetch
 from omni_cli.stages.fetch.openpilot import segment_place
 from omni_cli.stages.fetch.selection import parse_chunks
@@ -313,6 +315,29 @@ def test_an_import_follows_no_link_out_of_its_folder(repository, tmp_path):
         get(tmp_path, origin=tmp_path / "empty")
 
 
+def just_before_the_lock(monkeypatch, another):
+    """Let another fetch do all of its work between what the next one reads first and the moment it holds the folder."""
+    flock = fcntl.flock
+
+    def interleaved(stream, operation):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        another()
+        flock(stream, operation)
+
+    monkeypatch.setattr(fcntl, "flock", interleaved)
+
+
+def test_two_imports_at_a_time_neither_mix_revisions_nor_copy_twice(repository, tmp_path, monkeypatch):
+    origins = [shutil.copytree(repository, tmp_path / (letter * 40)) for letter in ("a", "b")]
+    data = tmp_path / "data"
+    just_before_the_lock(monkeypatch, lambda: get(data, origin=origins[0], chunks="0-0"))
+    with pytest.raises(UsageError, match=rf"holds revision {'a' * 40} and {'b' * 40} was asked for"):
+        get(data, origin=origins[1], chunks="1-1")
+    assert tree(data / "raw" / "physical_ai_av") == expected(repository, (0,))
+    just_before_the_lock(monkeypatch, lambda: get(data, origin=origins[0], chunks="1-1"))
+    assert get(data, origin=origins[0], chunks="1-1")["fetched"] == 0
+
+
 LOGS = ("2023-07-27--13-01-19", "00000008--0696c823fa")
 DONGLE = "a2a0ccea32023010"
 
@@ -372,9 +397,44 @@ def test_the_real_route_is_imported_and_opens(tmp_path):
     assert len(open_source("openpilot", tmp_path / "raw" / "openpilot").recordings()) == 1
 
 
+WORLD = SyntheticSpec(seed=3, clips_per_chunk=1, seconds=0.3, fps=10, width_px=64, height_px=36)
+SYNTHETIC = {"source": "synthetic", "cameras": CAMERAS[:2], "synthetic": WORLD, "workers": 2}
+
+
+def test_what_another_process_rendered_meanwhile_is_kept(tmp_path, monkeypatch):
+    just_before_the_lock(monkeypatch, lambda: get(tmp_path, chunks="0-0", **SYNTHETIC))
+    get(tmp_path, chunks="1-1", **SYNTHETIC)
+    folder = tmp_path / "raw" / "synthetic"
+    assert sorted(map(int, json.loads((folder / "synthetic.json").read_text())["chunks"])) == [0, 1]
+    assert [ref.bundle for ref in open_source("synthetic", folder).recordings()] == ["chunk_0000", "chunk_0001"]
+    assert get(tmp_path, chunks="2", **SYNTHETIC)["fetched"] == 0
+
+
+def test_fetched_again_nothing_is_written_but_what_differs(tmp_path):
+    get(tmp_path, chunks="0-0", **SYNTHETIC)
+    folder = tmp_path / "raw" / "synthetic"
+    index = folder / CLIP_INDEX_FILE
+    outdated = {path: path.read_bytes() for path in (index, files.receipt_path(index))}
+    get(tmp_path, **SYNTHETIC)
+    whole = tree(folder)
+
+    def written():
+        return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
+
+    before = written()
+    assert get(tmp_path, **SYNTHETIC)["fetched"] == 0
+    assert written() == before
+    for path, content in outdated.items():  # as a kill between the chunk and the index leaves them
+        path.write_bytes(content)
+    get(tmp_path, **SYNTHETIC)
+    changed = {path.name for path, time_ns in written().items() if before[path] != time_ns} - {"synthetic"}
+    assert changed == {"clip_index.parquet", "clip_index.parquet.receipt.json"}
+    assert tree(folder) == whole
+    assert audit(AuditRequest(folder), Console(quiet=True))["refused"] == 0
+
+
 def test_the_synthetic_world_is_rendered_once_and_mended(tmp_path):
-    world = SyntheticSpec(seed=3, clips_per_chunk=1, seconds=0.3, fps=10, width_px=64, height_px=36)
-    options = {"source": "synthetic", "cameras": CAMERAS[:2], "synthetic": world, "workers": 2}
+    options = SYNTHETIC
     result = get(tmp_path, **options)
     folder = tmp_path / "raw" / "synthetic"
     assert (result["chunks"], result["fetched"], result["clips"]) == ([0, 1], 2, 2)
@@ -396,5 +456,6 @@ def test_the_synthetic_world_is_rendered_once_and_mended(tmp_path):
 
 def test_the_fetch_table_of_omni_run_draws_the_same_world_as_omni_fetch() -> None:
     assert fetch_request(FetchSettings(), Path("d")).synthetic == SyntheticSpec()
-    asked = fetch_request(FetchSettings(rig="b", clutter=0.5, seed=3), Path("d")).synthetic
-    assert asked == SyntheticSpec(rig="b", clutter=0.5, seed=3)
+    assert fetch_request(FetchSettings(), Path("d")).chunks == "2"
+    asked = fetch_request(FetchSettings(rig="b", clutter=0.5, seed=3, size="96x54"), Path("d")).synthetic
+    assert asked == SyntheticSpec(rig="b", clutter=0.5, seed=3, width_px=96, height_px=54)

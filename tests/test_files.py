@@ -1,8 +1,10 @@
 """Nothing half-written is ever taken for done."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -50,15 +52,46 @@ def test_only_an_intact_artefact_with_its_receipt_is_done(tmp_path, damage):
     assert verified_receipt(path) is None
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from omni_cli.files import atomic_write
+with atomic_write(Path(sys.argv[1])):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def leave_behind(folder):
+    """Return the temporary file of a process that was killed while it wrote."""
+    before = set(folder.iterdir())
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(folder / "a-1")], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = set(folder.iterdir()) - before
+    return left
+
+
 def test_leftovers_of_dead_processes_go_and_those_of_the_living_stay(tmp_path):
-    script = [sys.executable, "-c", "import os; print(os.getpid())"]
-    dead = subprocess.run(script, capture_output=True, text=True, check=True)
-    gone = tmp_path / f"a{TEMPORARY_MARK}{dead.stdout.strip()}-00"
-    kept = tmp_path / f"a{TEMPORARY_MARK}{os.getpid()}-00"
-    gone.touch()
-    kept.touch()
+    gone = leave_behind(tmp_path)
+    with atomic_write(tmp_path / "b"):
+        (kept,) = set(tmp_path.iterdir()) - {gone}
+        remove_leftovers(tmp_path)
+        assert (gone.exists(), kept.exists()) == (False, True)
+    assert list(tmp_path.iterdir()) == [tmp_path / "b"]
+
+
+@pytest.mark.parametrize("pid", ["the same", "none"])
+def test_what_another_host_writes_is_left_alone_for_a_day(tmp_path, pid):
+    left = leave_behind(tmp_path)
+    name, _, rest = left.name.rpartition(TEMPORARY_MARK)
+    host, number, token = rest.split("-")
+    elsewhere = f"{int(host, 16) ^ 1:08x}"
+    other = left.rename(tmp_path / f"{name}{TEMPORARY_MARK}{elsewhere}-{number if pid == 'the same' else ''}-{token}")
     remove_leftovers(tmp_path)
-    assert (gone.exists(), kept.exists()) == (False, True)
+    assert other.exists()
+    yesterday = time.time() - 25 * 3600
+    os.utime(other, (yesterday, yesterday))
+    remove_leftovers(tmp_path)
+    assert not other.exists()
 
 
 def test_canonical_json_is_one_spelling():

@@ -70,7 +70,8 @@ def fetch_hub(request: FetchRequest, console: Console) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as scratch:
             chunks = _plan(job, _peek_index(job, _wanted_indices(job), Path(scratch)))
         return _result(job, chunks)
-    with files.exclusive(request.folder, "fetching into"):
+    with request.held():
+        landing.check_revision(request.folder, commit)
         _transfer(job, _missing_among(job, _wanted_indices(job)))
         landing.pin_revision(request.folder, hub.repository, commit)
         already = len(job.missing)

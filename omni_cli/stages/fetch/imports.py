@@ -38,24 +38,32 @@ def import_physical_ai_av(request: FetchRequest, origin: Path, console: Console)
         raise DataError(f"{layout}: none of the {len(wanted)} files of these chunks is here, for example {wanted[0]}")
     present = [path for path in (*INDICES, *wanted) if (layout / path).is_file()]
     pairs = {request.folder / path: _inside(layout, path) for path in present}
-    if not request.dry_run:
-        request.folder.mkdir(parents=True, exist_ok=True)
-        landing.pin_revision(request.folder, REPOSITORY, revision)
     if absent:
         console.warn(f"{len(absent)} files are not in {layout}: {landing.names_text(absent)}")
-    result = copy_all(request, pairs, console)
+    with request.held():
+        if not request.dry_run:
+            landing.pin_revision(request.folder, REPOSITORY, revision)
+        result = copy_all(request, pairs, console)
     return {**result, "revision": revision, "chunks": list(chunks), "absent": absent}
 
 
 def copy_all(request: FetchRequest, pairs: Mapping[Path, Path], console: Console) -> dict[str, Any]:
-    """Copy each source that its place does not already hold, verified; `pairs` is place -> source."""
+    """Copy each source that its place does not hold already, verified; called with the folder's lock held.
+
+    Args:
+        request: where to, and whether it is a dry run.
+        pairs: place -> source.
+        console: shows the progress.
+
+    Raises:
+        OmniError: too little disk space, or a copy that differs.
+    """
     missing = [path for path, source in pairs.items() if not landing.is_copied(source, path)]
     sizes = {path: source.stat().st_size for path, source in pairs.items()}
     copied_bytes = sum(sizes[path] for path in missing)
     landing.check_disk(request.folder, copied_bytes)
     if not request.dry_run:
-        with files.exclusive(request.folder, "fetching into"):
-            _copy_missing(pairs, missing, copied_bytes, console)
+        _copy_missing(pairs, missing, copied_bytes, console)
     verb = "would copy" if request.dry_run else "copied"
     console.say(
         f"{verb} {len(missing)} files, {landing.size_text(copied_bytes)}; {len(pairs) - len(missing)} already there; "

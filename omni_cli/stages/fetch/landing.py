@@ -129,7 +129,14 @@ def check_revision(folder: Path, revision: str) -> None:
 
 
 def pin_revision(folder: Path, repository: str, revision: str) -> None:
-    """Record which revision a folder holds, under which licence, and since when: the licence ends a year later."""
+    """Record which revision a folder holds, under which licence, and since when: the licence ends a year later.
+
+    Called with the folder's lock held: another process may have pinned it since it was looked at.
+
+    Raises:
+        UsageError: the folder holds another revision.
+    """
+    check_revision(folder, revision)
     if pinned_revision(folder) is None:
         today = datetime.datetime.now(datetime.UTC).date().isoformat()
         facts = {"repository": repository, "revision": revision, "licence": LICENCE, "first_fetched": today}

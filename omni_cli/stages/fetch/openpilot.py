@@ -37,7 +37,9 @@ def import_openpilot(request: FetchRequest, origin: Path, console: Console) -> d
         raise DataError(f"{origin}: found {describe(origin)}; expected {_EXPECTED}")
     segments = sorted({str(path.parent.relative_to(request.folder)) for path in pairs})
     console.say(f"{len(segments)} segments, {len(pairs)} files in {origin}")
-    return {**copy_all(request, pairs, console), "segments": segments, "links_not_followed": len(links)}
+    with request.held():
+        result = copy_all(request, pairs, console)
+    return {**result, "segments": segments, "links_not_followed": len(links)}
 
 
 def segment_place(path: Path) -> Path | None:

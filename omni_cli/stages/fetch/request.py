@@ -1,8 +1,10 @@
 """What a user asks `omni fetch` for, as plain values."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from omni_cli import files
 from omni_cli.world.clip import SyntheticSpec
 
 
@@ -31,3 +33,11 @@ class FetchRequest:
     def folder(self) -> Path:
         """Return where this source's raw data lie."""
         return self.data / "raw" / self.source
+
+    def held(self) -> AbstractContextManager[None]:
+        """Return the lock of that folder: what it holds is read and changed inside; a dry run only reads.
+
+        Raises:
+            OmniError: on entering, where another process holds it.
+        """
+        return nullcontext() if self.dry_run else files.exclusive(self.folder, "fetching into")

@@ -1,6 +1,7 @@
 """Chunks of the synthetic world, rendered instead of fetched: one worker a clip, one chunk written when it is whole."""
 
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -34,11 +35,12 @@ def fetch_synthetic(request: FetchRequest, console: Console) -> dict[str, Any]:
         raise UsageError("the synthetic world is asked for by chunks: omni fetch --source synthetic --chunks 2")
     chunks = parse_chunks(request.chunks, range(MOST_CHUNKS))
     spec, folder = _spec(request), request.folder
-    made = _read_made(folder, spec)
-    missing = [chunk for chunk in chunks if not _is_whole(folder, made.get(chunk))]
-    if not request.dry_run:
-        with files.exclusive(folder, "fetching into"):
+    with request.held():
+        made = _read_made(folder, spec)
+        missing = [chunk for chunk in chunks if not _is_whole(folder, made.get(chunk))]
+        if not request.dry_run:
             _render(request, spec, missing, made, console)
+            _index(folder, spec, sorted(made))
     result = _result(request, chunks, len(missing), made)
     verb, there = "would render" if request.dry_run else "rendered", len(chunks) - len(missing)
     console.say(f"{verb} {len(missing)} chunks of {spec.clips_per_chunk} clips; {there} already there; {folder}")
@@ -92,8 +94,16 @@ def _render(
             if len(finished[chunk]) == spec.clips_per_chunk:
                 _write(request.folder, spec, chunk, finished.pop(chunk), made)
             step.advance(1)
-    if made:
-        write_indices(request.folder, spec, sorted(made))
+
+
+def _index(folder: Path, spec: SyntheticSpec, chunks: Sequence[int]) -> None:
+    """Write the indices of all chunks that are there; one that says the same already is left untouched."""
+    with tempfile.TemporaryDirectory() as scratch:
+        for fresh in write_indices(Path(scratch), spec, chunks):
+            path = folder / fresh.relative_to(scratch)
+            if files.verified_receipt(path, expect=files.read_receipt(fresh)) is None:
+                files.write_bytes(path, fresh.read_bytes())
+                files.write_receipt(path)
 
 
 def _clip(spec: SyntheticSpec, item: tuple[int, int]) -> ClipFiles:
