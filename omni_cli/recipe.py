@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from omni_cli.config import Settings
@@ -71,14 +71,21 @@ class TrainSettings(Settings):
     max_grad_norm: float = Field(1.0, gt=0)
     optimizer: str = "adamw_torch_fused"
     epochs: float = Field(1.0, gt=0)
-    max_steps: int = -1  # over epochs where positive
+    max_steps: int = Field(-1, ge=-1)  # -1: as many as the epochs take
     max_tokens: int = Field(65_536, ge=1)  # of one sample
     gradient_checkpointing: bool = True
     save_steps: int = Field(50, ge=1)
-    log_steps: int = Field(10, ge=1)  # where it divides save_steps, a resumed run logs the same means
+    log_steps: int = Field(10, ge=1)  # checkpoints are logged too
     workers: int = Field(2, ge=0)
     seed: int = 0
     blind: bool = False  # a control: every picture is replaced by mid grey
+
+    @field_validator("max_steps")
+    @classmethod
+    def _not_zero(cls, value: int) -> int:
+        if value == 0:
+            raise ValueError("expected 1 or more, or -1 for as many as the epochs take")
+        return value
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 
 from omni_cli.config import resolve
 from omni_cli.errors import DataError, OmniError, UsageError
-from omni_cli.files import exclusive, sha256_of
+from omni_cli.files import exclusive, read_json, sha256_of
 from omni_cli.profiles import load_profile
 from omni_cli.recipe import SampleSettings, TrainSettings
 from omni_cli.recipes.vlm import Vlm
@@ -24,7 +24,7 @@ from omni_cli.samples.shards import open_shards, write_manifest
 from omni_cli.stages import checkpoints, runs
 from omni_cli.stages.etl import EtlRequest, etl
 from omni_cli.stages.train import TrainRequest, train
-from tests.support.pipeline import QUIET, make_run, tiny_recipe, write_synthetic
+from tests.support.pipeline import QUIET, kill_recipe, make_run, tiny_recipe, write_synthetic
 
 STEPS = 12
 
@@ -48,19 +48,29 @@ def request(shards: Path, folder: Path, **changes) -> TrainRequest:
     return replace(TrainRequest(shards, folder, folder, "r", "cpu-tiny"), **changes)
 
 
-def weights_of(folder: Path) -> dict[str, str]:
-    return {path.name: sha256_of(path) for path in sorted((folder / "r" / "final").glob("*.safetensors"))}
+def published(folder: Path) -> dict:
+    """The receipt of a run's weights: how they came to be, and the hash of every file."""
+    receipt = read_json(folder / "r" / "final.receipt.json")
+    assert all(sha256_of(folder / "r" / "final" / name) == file["sha256"] for name, file in receipt["files"].items())
+    assert any(name.endswith(".safetensors") for name in receipt["files"])
+    return receipt
 
 
-def start(folder: Path, shards: Path, family: str, mode: str) -> subprocess.Popen:
-    words = [str(folder), str(shards), family, mode, str(STEPS)]
+def train_here(folder: Path, shards: Path, *how: str) -> None:
+    """Train in this process what `start` trains in another; `how` is family, mode and schedule."""
+    train(kill_recipe(*how, STEPS), TrainRequest(shards, folder, folder, "r", "t"), QUIET)
+
+
+def start(folder: Path, shards: Path, *how: str) -> subprocess.Popen:
+    words = [str(folder), str(shards), *how, str(STEPS)]
     return subprocess.Popen([sys.executable, "-m", "tests.support.train_once", *words])
 
 
-def kill_after_step(process: subprocess.Popen, folder: Path, wait_s: float) -> None:
-    """Kill once a first checkpoint is being written, at a moment nobody chose."""
-    deadline = time.monotonic() + 120
-    while not list((folder / "r" / "checkpoints").glob("checkpoint-*")) and process.poll() is None:
+def kill_once(process: subprocess.Popen, folder: Path, pattern: str, wait_s: float) -> None:
+    """Kill once another checkpoint is there, or is being written, at a moment nobody chose."""
+    saved, deadline = folder / "r" / "checkpoints", time.monotonic() + 120
+    before = set(saved.glob(pattern))
+    while set(saved.glob(pattern)) <= before and process.poll() is None:
         assert time.monotonic() < deadline, "no checkpoint in two minutes"
         time.sleep(0.01)
     time.sleep(wait_s)
@@ -68,53 +78,65 @@ def kill_after_step(process: subprocess.Popen, folder: Path, wait_s: float) -> N
     process.wait()
 
 
-def check_killed_equals_undisturbed(tmp_path, shards, family, mode, kills) -> None:
+def check_killed_equals_undisturbed(tmp_path, shards, how, kills) -> None:
+    """`kills`: at which checkpoint, and how many seconds after it."""
     undisturbed, killed = tmp_path / "a", tmp_path / "b"
-    assert start(undisturbed, shards, family, mode).wait() == 0
-    generator = random.Random(f"{family} {mode}")
-    for _ in range(kills):
-        kill_after_step(start(killed, shards, family, mode), killed, generator.uniform(0, 0.6))
-    assert start(killed, shards, family, mode).wait() == 0
-    assert weights_of(killed) == weights_of(undisturbed)
+    train_here(undisturbed, shards, *how)
+    for pattern, wait_s in kills:
+        kill_once(start(killed, shards, *how), killed, pattern, wait_s)
+    train_here(killed, shards, *how)
+    assert published(killed) == published(undisturbed)
     histories = [checkpoints.read_history(folder / "r") for folder in (killed, undisturbed)]
     assert [line["loss"] for line in histories[0]] == [line["loss"] for line in histories[1]]
 
 
-@pytest.mark.parametrize(("family", "mode"), [("qwen2_5_vl", "full"), ("qwen3_vl", "full"), ("qwen2_5_vl", "lora")])
-def test_killed_and_run_again_the_weights_are_the_same_bit_for_bit(tmp_path, shards, family, mode) -> None:
-    check_killed_equals_undisturbed(tmp_path, shards[family], family, mode, kills=1)
+FIRST, LAST = "checkpoint-*", f"checkpoint-{STEPS}.receipt.json"
+
+
+@pytest.mark.parametrize(
+    ("how", "kill"),
+    [
+        (("qwen2_5_vl", "full", "constant_with_warmup"), (FIRST, 0.3)),
+        (("qwen3_vl", "full", "cosine"), (FIRST, 0.1)),
+        (("qwen2_5_vl", "lora", "constant_with_warmup"), (LAST, 0.0)),
+    ],
+)
+def test_killed_and_run_again_the_weights_are_the_same_bit_for_bit(tmp_path, shards, how, kill) -> None:
+    check_killed_equals_undisturbed(tmp_path, shards[how[0]], how, [kill])
 
 
 @pytest.mark.storm
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 @pytest.mark.parametrize("mode", ["full", "lora", "dora"])
-def test_five_kills(tmp_path, shards, family, mode) -> None:
-    check_killed_equals_undisturbed(tmp_path, shards[family], family, mode, kills=5)
+@pytest.mark.parametrize("schedule", ["cosine", "constant_with_warmup"])
+def test_five_kills(tmp_path, shards, family, mode, schedule) -> None:
+    generator = random.Random(f"{family} {mode}")
+    kills = [*((FIRST, generator.uniform(0, 0.6)) for _ in range(4)), (LAST, generator.uniform(0, 0.1))]
+    check_killed_equals_undisturbed(tmp_path, shards[family], (family, mode, schedule), kills)
 
 
 def test_sigterm_saves_and_says_run_again(tmp_path, shards) -> None:
-    process = start(tmp_path, shards["qwen2_5_vl"], "qwen2_5_vl", "full")
+    process = start(tmp_path, shards["qwen2_5_vl"], "qwen2_5_vl", "full", "cosine")
     while not list((tmp_path / "r" / "checkpoints").glob("checkpoint-*")):
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 75
-    newest = checkpoints.newest_checkpoint(tmp_path / "r" / "checkpoints")
-    assert newest is not None
-    assert 3 <= checkpoints.step_of(newest) < STEPS
+    run_key = runs.open_run(tmp_path / "r").manifest.key()
+    assert 3 <= checkpoints.find_start(tmp_path / "r" / "checkpoints", run_key).step < STEPS
 
 
-def test_a_damaged_checkpoint_does_not_count(tmp_path) -> None:
-    for step in (3, 6):
+def test_a_checkpoint_that_is_damaged_or_another_runs_does_not_count(tmp_path) -> None:
+    for step, run_key in ((3, "mine"), (6, "mine"), (12, "another's")):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "weights").write_bytes(b"w" * step)
-        runs.seal_folder(folder, step=step)
-    assert checkpoints.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
+        runs.seal_folder(folder, run=run_key, step=step)
+    assert checkpoints.find_start(tmp_path, "mine").checkpoint == tmp_path / "checkpoint-6"
     (tmp_path / "checkpoint-6" / "weights").write_bytes(b"x" * 6)
     (tmp_path / "checkpoint-9").mkdir()
-    assert checkpoints.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
-    checkpoints.remove_unsealed(tmp_path)
+    assert checkpoints.find_start(tmp_path, "mine").checkpoint == tmp_path / "checkpoint-3"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-3.receipt.json"]
+    assert checkpoints.find_start(tmp_path, "a third").step == 0
 
 
 def test_a_run_records_what_it_learned_from_and_does_nothing_twice(tmp_path, data) -> None:

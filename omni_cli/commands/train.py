@@ -28,7 +28,8 @@ def command(
     config: ConfigFile = None,
     sets: Sets = None,
     run: Annotated[
-        str | None, typer.Option("--run", metavar="NAME", help="Name of the run. [default: RECIPE-PROFILE]")
+        str | None,
+        typer.Option("--run", metavar="NAME", help="Name of the run, a folder in --runs. [default: RECIPE-PROFILE]"),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Discard what the run of this name has learned.")] = False,
     data: Data = DATA,

@@ -8,7 +8,6 @@ from omni_cli.formats.physical_ai_av import CLIP_INDEX_FILE, FEATURES_FILE
 from omni_cli.sources import source_names
 
 SHARDS_MARK = "manifest.json"  # a folder without it is unfinished
-RUN_MARK = "run.json"
 _SEGMENT_DEPTHS = ("*", "*/*", "*/*/*")
 
 
@@ -59,23 +58,22 @@ def newest_shards(data: Path) -> Path:
     Raises:
         UsageError: there is none.
     """
-    return _newest(data / "shards", SHARDS_MARK, "shards", "make some with: omni etl, or name a folder with --shards")
+    return finished_shards(data)[0]
 
 
-def newest_run(runs: Path) -> Path:
-    """Return the newest training run.
+def finished_shards(data: Path) -> list[Path]:
+    """Return the finished shard folders under DATA/shards, the newest first.
 
     Raises:
         UsageError: there is none.
     """
-    return _newest(runs, RUN_MARK, "run", "make one with: omni train, or name a folder with --run")
-
-
-def _newest(folder: Path, mark: str, what: str, hint: str) -> Path:
-    found = [path for path in folder.glob(f"*/{mark}") if path.is_file()]
+    folder = data / "shards"
+    found = [path for path in folder.glob(f"*/{SHARDS_MARK}") if path.is_file()]
     if not found:
-        raise UsageError(f"{folder}: holds no finished {what}; {hint}")
-    return max(found, key=lambda path: (path.stat().st_mtime_ns, path.name)).parent
+        raise UsageError(
+            f"{folder}: holds no finished shards; make some with: omni etl, or name a folder with --shards"
+        )
+    return [path.parent for path in sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)]
 
 
 def _fetch_hint(source: str | None) -> str:

@@ -5,22 +5,36 @@ runs/NAME/config.toml    the same settings, for people
 runs/NAME/checkpoints/   resumable states, each with a manifest of hashes
 runs/NAME/history.jsonl  one line a logged step
 runs/NAME/final/         the trained weights and tokenizer; run is done when final.receipt.json lists them
+runs/.NAME.discarded/    what --fresh took away, until it is deleted
+
+A receipt of a checkpoint or of the final weights names its run by the hash of everything the weights depend on: what
+another training left here never counts.
 """
 
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from omni_cli import files
-from omni_cli.config import Layer, Settings, dump_toml, read_document, resolve
+from omni_cli.config import Layer, Settings, differences, dump_toml, read_document, resolve
 from omni_cli.errors import DataError, UsageError
 from omni_cli.samples.preprocess import Preprocess
 
 FORMAT = 1
 RUN_FILE = "run.json"
+CONFIG = "config.toml"
+CHECKPOINTS = "checkpoints"
 FINAL = "final"
 LEARNED = "learned.json"
 HISTORY = "history.jsonl"
+TRAINING = "training in"  # what the lock of a run's folder is held for
+_LOCK = ".lock"
+_LONGEST_NAME_BYTES = 200  # a file system's 255, less what stands around it in the names of hidden siblings
+_OF_A_RUN = {RUN_FILE, CONFIG, CHECKPOINTS, FINAL, FINAL + files.RECEIPT_SUFFIX, LEARNED, HISTORY}
+_KEYS_OF_A_RUN = {"recipe", "settings", "shards", "base_fingerprint"}  # of run.json, whatever its format
 
 
 class ShardsUsed(Settings):
@@ -43,11 +57,21 @@ class RunManifest(Settings):
     base_fingerprint: str
     machine: dict[str, Any]
 
+    def identity(self) -> Self:
+        """Return the manifest without what the weights do not depend on."""
+        shards = self.shards.model_copy(update={"folder": ""})
+        return self.model_copy(update={"profile": "", "machine": {}, "shards": shards})
+
+    def key(self) -> str:
+        """Return the hash of everything that the weights depend on."""
+        return files.hash_json(self.identity().model_dump(mode="json"))
+
 
 class Learned(Settings):
     """What a run saw in training: for the leak check, and for baselines without the shards."""
 
     recordings: tuple[str, ...]
+    groups: tuple[str, ...] = ()  # the drives they are parts of, where the source knows
     windows: int
     medians: dict[str, float]  # of every numeric column of the windows
 
@@ -70,22 +94,117 @@ class Run:
         return self.folder / FINAL
 
     def is_done(self) -> bool:
-        """Say whether the trained weights are there and whole."""
-        return verified_folder(self.final) is not None
+        """Say whether the trained weights are there and whole, and are this run's."""
+        return verified_folder(self.final, expect=self._bound()) is not None
+
+    def seal(self, **facts: Any) -> None:
+        """Write the receipt of the trained weights: the run is done."""
+        seal_folder(self.final, **self._bound(), **facts)
 
     def learned(self) -> Learned:
-        """Return what the run saw in training."""
-        return Learned.model_validate_json((self.folder / LEARNED).read_bytes())
+        """Return what the run saw in training.
+
+        Raises:
+            DataError: it is not there, or is something else.
+        """
+        path = self.folder / LEARNED
+        if not path.is_file():
+            raise DataError(f"{path}: is not there; omni train writes it again")
+        return read_document(path, Learned, "what a run learned from")
+
+    def _bound(self) -> dict[str, Any]:
+        learned = self.folder / LEARNED
+        learned_sha256 = files.sha256_of(learned) if learned.is_file() else None
+        return {"run": self.manifest.key(), "learned_sha256": learned_sha256}
 
     def recipe_settings(self, schema: type[Settings]) -> Any:
         """Return the recipe exactly as it was trained."""
         return resolve(schema, [Layer(str(self.folder / RUN_FILE), self.manifest.settings)]).value
 
 
+def named_folder(runs: Path, name: str) -> Path:
+    """Return the folder of a run by its name.
+
+    Raises:
+        UsageError: the name could lead out of `runs`, or a file has it.
+    """
+    plain = name.isprintable() and not name.startswith(".") and not set(name) & set("/\\")
+    if not (plain and 0 < len(name.encode()) <= _LONGEST_NAME_BYTES):
+        raise UsageError(
+            f"--run {name!r}: expected a plain name, without slashes and without a dot in front; "
+            f"it names a folder in {runs}, and --runs DIR chooses another place"
+        )
+    if (runs / name).exists() and not (runs / name).is_dir():
+        raise UsageError(f"--run {name}: {runs / name} is a file; choose another name")
+    return runs / name
+
+
+def check_ours(folder: Path, *, fresh: bool) -> None:
+    """Refuse a folder in which something lies that no run.json accounts for.
+
+    Without --fresh nothing but the beginnings of a run may lie there: what is older than the run.json that would be
+    written beside it could be taken for this run's.
+
+    Raises:
+        UsageError: something does; it is named.
+    """
+    is_run = _is_run(folder) if fresh else (folder / RUN_FILE).is_file()
+    if is_run or not folder.is_dir():
+        return
+    found = {path.name for path in folder.iterdir() if files.TEMPORARY_MARK not in path.name} - {_LOCK, CONFIG}
+    if others := sorted(found - _OF_A_RUN):
+        raise UsageError(f"{folder} is no run of omni (it holds {others[0]}); choose another name with --run")
+    if found and not fresh:
+        raise UsageError(
+            f"{folder} holds {min(found)} and no {RUN_FILE} that says of which training; "
+            "use --fresh to discard it, or --run NAME for another"
+        )
+
+
+def same_run(folder: Path, manifest: RunManifest) -> Run | None:
+    """Return the run in a folder if it is this one; None where the folder holds none.
+
+    Raises:
+        UsageError: it is another; the message says what differs.
+        DataError: its manifest cannot be read.
+    """
+    if not (folder / RUN_FILE).is_file():
+        return None
+    run = open_run(folder)
+    if changed := differences(run.manifest.identity(), manifest.identity()):
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise UsageError(
+            f"run {folder} was started with other settings ({'; '.join(changed[:3])}{more}); "
+            "use --fresh to start it anew, or --run NAME for another"
+        )
+    return run
+
+
+@contextmanager
+def emptied(folder: Path) -> Iterator[None]:
+    """Take all that a run has learned out of its folder in one step, and hold the empty folder.
+
+    Killed before that step nothing has changed, killed after it nothing of the old run is left to be taken for the new.
+
+    Args:
+        folder: of the run, whose lock the caller holds.
+    """
+    real = folder.resolve()  # of a link to another disk the content goes, not the link
+    discarded = _discarded(real)
+    _delete(discarded)
+    discarded.mkdir()
+    real.rename(discarded / "old")  # one level down: no search for runs finds it there
+    files.sync_folder(real.parent)
+    with files.exclusive(real, TRAINING):  # the caller's lock left with the old folder
+        _delete(discarded)
+        yield
+
+
 def start_run(folder: Path, manifest: RunManifest, settings: Settings) -> Run:
-    """Write a run's manifest and its readable configuration."""
+    """Write a run's manifest and its readable configuration into a folder that holds no run."""
+    _delete(_discarded(folder.resolve()))  # where the one who did it was killed
     folder.mkdir(parents=True, exist_ok=True)
-    files.write_text(folder / "config.toml", dump_toml(settings) + "\n")
+    files.write_text(folder / CONFIG, dump_toml(settings) + "\n")
     files.write_json(folder / RUN_FILE, manifest.model_dump(mode="json"))
     return Run(folder, manifest)
 
@@ -99,9 +218,7 @@ def open_run(folder: Path) -> Run:
     """
     path = folder / RUN_FILE
     if not path.is_file():
-        raise UsageError(
-            f"no run in {folder}: it has no {RUN_FILE}; train one with: omni train, or name one with --run"
-        )
+        raise UsageError(f"no run in {folder}: it has no {RUN_FILE}; train one with: omni train, or name another")
     return Run(folder, read_document(path, RunManifest, f"a run's manifest of format {FORMAT}"))
 
 
@@ -113,7 +230,9 @@ def open_finished(folder: Path) -> Run:
     """
     run = open_run(folder)
     if not run.is_done():
-        raise DataError(f"run {folder} is not finished or its weights do not verify; finish it with: omni train")
+        raise DataError(
+            f"run {folder} is not finished, or its weights or {LEARNED} do not verify; finish it with: omni train"
+        )
     return run
 
 
@@ -149,13 +268,32 @@ def seal_folder(folder: Path, **facts: Any) -> dict[str, Any]:
     return receipt
 
 
-def verified_folder(folder: Path) -> dict[str, Any] | None:
-    """Return a folder's receipt if every listed file is there, byte for byte; else None."""
+def verified_folder(folder: Path, *, expect: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+    """Return a folder's receipt if it holds the facts in `expect` and every listed file is there, byte for byte."""
     receipt = files.read_receipt(folder)
     if receipt is None or not receipt.get("files"):
+        return None
+    if any(receipt.get(key) != value for key, value in (expect or {}).items()):
         return None
     for name, file in receipt["files"].items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != file["size"] or files.sha256_of(path) != file["sha256"]:
             return None
     return receipt
+
+
+def _is_run(folder: Path) -> bool:
+    try:
+        manifest = files.read_json(folder / RUN_FILE)
+    except (FileNotFoundError, ValueError):
+        return False
+    return isinstance(manifest, dict) and manifest.keys() >= _KEYS_OF_A_RUN
+
+
+def _discarded(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.discarded")
+
+
+def _delete(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)

@@ -1,7 +1,9 @@
 """`omni train`: from shards to verified weights; killed and run again it continues bit for bit."""
 
+import contextlib
 import math
 import shutil
+import signal
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,6 @@ from datasets import Dataset
 from transformers import PrinterCallback, set_seed
 
 from omni_cli import files, telemetry
-from omni_cli.config import differences
 from omni_cli.errors import DataError, Preempted, UsageError
 from omni_cli.models.adapters import trainable_count, weight_count
 from omni_cli.recipe import BuiltModel, Sampled, Tokenized, Trainable, TrainSettings
@@ -23,11 +24,26 @@ from omni_cli.samples.shards import ShardSet, open_shards
 from omni_cli.samples.splits import check_no_leak
 from omni_cli.stages import checkpoints, locate, runs
 from omni_cli.stages.etl import EtlRequest, ensure_sidecar, etl
-from omni_cli.stages.trainer import GradientCheck, Journal, RowCollator, StopOnSignal, compose_trainer
+from omni_cli.stages.trainer import (
+    GradientCheck,
+    Journal,
+    RowCollator,
+    StopOnSignal,
+    check_optimizer_name,
+    check_runnable,
+    compose_trainer,
+    trainer_arguments,
+)
 
-_CHECKPOINTS_KEPT = 2
 _PIXEL_FIELDS = ("cameras", "columns", "canvas_width_px", "canvas_height_px", "num_frames", "rate_hz", "decoder")
 _TEXT_FIELDS = ("labels", "past_speed")
+_ETL_OPTIONS = {
+    "cameras": "--cameras",
+    "canvas_width_px": "--canvas",
+    "num_frames": "--window",
+    "rate_hz": "--rate-hz",
+    "labels": "--labels",
+}
 
 
 @runtime_checkable
@@ -58,51 +74,78 @@ def train(recipe: Any, request: TrainRequest, console: Console) -> dict[str, Any
     """Train a recipe on shards; where there are none yet, cut the raw data into some first.
 
     Raises:
-        UsageError: there is no data, the shards do not fit the recipe, or the run exists with other settings.
+        UsageError: the run's name leads elsewhere, its folder is another's or holds other settings, there is no data,
+            the shards do not fit the recipe, or its optimiser cannot be used.
         DataError: the shards hold no window to train on, a sample is too long, or a drive is in train and in val.
         Preempted: a signal stopped it; a checkpoint was saved.
     """
+    name = f"{recipe.name}-{request.profile}" if request.run is None else request.run
+    folder = runs.named_folder(request.runs, name)
+    check_optimizer_name(recipe.train.optimizer)
     if request.dry_run:
         return dry_run(recipe, request, console)
+    runs.check_ours(folder, fresh=request.fresh)
+    check_runnable(recipe)  # before an hour of etl
     shards = _find_shards(recipe, request, console)
     console.say(f"shards {shards.folder}: {shards.manifest.count('train')} windows to train on")
-    folder = request.runs / (request.run or f"{recipe.name}-{request.profile}")
-    with files.exclusive(folder, "training in"):
+    with files.exclusive(folder, runs.TRAINING):
         return train_in(folder, recipe, shards, request.profile, console, fresh=request.fresh)
 
 
 def _find_shards(recipe: Any, request: TrainRequest, console: Console) -> ShardSet:
     if request.shards or locate.has_shards(request.data):
-        return open_shards(request.shards or locate.newest_shards(request.data))
+        return _chosen_shards(recipe, request)
     source, raw = locate.raw_folder(request.data, None)
     console.say(f"no shards yet: omni etl comes first, on {raw}")
     made = etl(recipe, EtlRequest(request.data, source, workers=telemetry.usable_cores()), console)
     return open_shards(Path(made["shards"]))
 
 
+def _chosen_shards(recipe: Any, request: TrainRequest) -> ShardSet:
+    """Return the shards that were named, or the newest that fit; where none fit, the newest says why."""
+    refusals = []
+    for folder in [request.shards] if request.shards else locate.finished_shards(request.data):
+        try:
+            shards = open_shards(folder)
+            check_fit(recipe, shards, request.profile)
+        except (UsageError, DataError) as error:
+            refusals.append(error)
+        else:
+            return shards
+    raise refusals[0]
+
+
 def train_in(
     folder: Path, recipe: Any, shards: ShardSet, profile: str, console: Console, *, fresh: bool = False
 ) -> dict[str, Any]:
-    """Train in a folder, or go on where it stopped, or find that nothing is left to do."""
+    """Train in a folder that the caller holds, or go on where it stopped, or find that nothing is left to do."""
     preprocess = check_fit(recipe, shards, profile)
     check_no_leak(
         [(entry.id, entry.group, entry.windows) for entry in shards.manifest.recordings], shards.manifest.split_rule
     )
-    if fresh:
-        _empty(folder)
     manifest = _manifest(recipe, shards, profile)
-    run = _same_run(folder, manifest) or runs.start_run(folder, manifest, recipe)
-    if run.is_done():
+    run = None if fresh else runs.same_run(folder, manifest)
+    if run and run.is_done():
         console.say(f"run {folder} is finished; nothing to do")
         return _result(run)
+    check_runnable(recipe)
     dataset = WindowDataset(shards, "train", ensure_sidecar(shards, recipe, console))
     _check_rows(dataset, recipe.train, shards.folder)
-    files.write_json(folder / runs.LEARNED, _learned(dataset).model_dump(mode="json"))
+    with runs.emptied(folder) if fresh else contextlib.nullcontext():
+        run = run or runs.start_run(folder, manifest, recipe)
+        return _finish(run, recipe, dataset, preprocess, console)
+
+
+def _finish(
+    run: runs.Run, recipe: Any, dataset: WindowDataset, preprocess: Preprocess, console: Console
+) -> dict[str, Any]:
+    """Train to the end and publish the weights."""
+    files.write_json(run.folder / runs.LEARNED, _learned(dataset).model_dump(mode="json"))
     built, facts = _fit(run, recipe, dataset, preprocess, console)
     shutil.rmtree(run.final, ignore_errors=True)
     recipe.save(built, run.final)
-    runs.seal_folder(run.final, **facts)
-    console.say(f"run {folder}: {facts['steps']} steps, loss {facts['loss']:.4f}, weights in {run.final}")
+    run.seal(**facts)
+    console.say(f"run {run.folder}: {facts['steps']} steps, loss {facts['loss']:.4f}, weights in {run.final}")
     return _result(run)
 
 
@@ -117,10 +160,16 @@ def check_fit(recipe: Any, shards: ShardSet, profile: str) -> Preprocess:
         have, want = getattr(found, field), getattr(wanted, field)
         if have != want:
             raise UsageError(
-                f"shards {shards.folder} have {field} {_short(have)}, this recipe asks for {_short(want)}; "
-                f"make fitting ones: omni etl --profile {profile} --out {shards.folder}-{profile}"
+                f"shards {shards.folder} have {field} {_short(have)}, this recipe asks for {_short(want)}; make "
+                f"fitting ones: omni etl --profile {profile}{_etl_option(field, want)}, or name others with --shards"
             )
     return found
+
+
+def _etl_option(field: str, want: Any) -> str:
+    """Return the option of etl that sets a field of the preprocessing, where there is one."""
+    option = _ETL_OPTIONS.get(field)
+    return f" {option} {_short(want)}" if option else ""
 
 
 def dry_run(recipe: Any, request: TrainRequest, console: Console) -> dict[str, Any]:
@@ -131,7 +180,7 @@ def dry_run(recipe: Any, request: TrainRequest, console: Console) -> dict[str, A
     facts = {
         "model": recipe.model,
         "tuning": recipe.tune.mode,
-        "cameras": list(preprocess.cameras),
+        "cameras": preprocess.cameras,
         "canvas_px": [preprocess.canvas_width_px, preprocess.canvas_height_px],
         "visual_tokens_per_sample": preprocess.visual_tokens,
         "samples_per_step": samples,
@@ -140,17 +189,17 @@ def dry_run(recipe: Any, request: TrainRequest, console: Console) -> dict[str, A
         "trainable_parameters": trainable,
         "memory_without_activations_gib": round((weight_bytes + trainable * 12) / 2**30, 2),
     }
-    facts |= _planned_steps(recipe, request)
+    facts |= _planned_steps(recipe, request, console)
     console.table(f"plan of omni train --profile {request.profile}", ("what", "value"), [*_readable(facts)])
     return {"dry_run": True, **facts}
 
 
-def _planned_steps(recipe: Any, request: TrainRequest) -> dict[str, Any]:
+def _planned_steps(recipe: Any, request: TrainRequest, console: Console) -> dict[str, Any]:
     try:
-        shards = open_shards(request.shards or locate.newest_shards(request.data))
-        check_fit(recipe, shards, request.profile)
+        shards = _chosen_shards(recipe, request)
     except (UsageError, DataError) as error:
-        return {"steps": recipe.train.max_steps if recipe.train.max_steps > 0 else None, "shards": f"none yet: {error}"}
+        console.warn(f"no shards to count the steps of an epoch: {error}")
+        return {"steps": recipe.train.max_steps, "shards": None} if recipe.train.max_steps > 0 else {"shards": None}
     windows = shards.manifest.count("train")
     return {"windows": windows, "steps": planned_steps(recipe.train, windows), "shards": str(shards.folder)}
 
@@ -166,33 +215,43 @@ def planned_steps(settings: TrainSettings, windows: int) -> int:
 def _fit(
     run: runs.Run, recipe: Any, dataset: WindowDataset, preprocess: Preprocess, console: Console
 ) -> tuple[BuiltModel, dict[str, Any]]:
-    """Run the Trainer to its end from the newest checkpoint that verifies."""
-    saved = run.folder / "checkpoints"
-    checkpoints.remove_unsealed(saved)
-    checkpoint = checkpoints.newest_checkpoint(saved)
-    done = checkpoints.step_of(checkpoint) if checkpoint else 0
-    checkpoints.truncate_history(run.folder, done)
-    steps = planned_steps(recipe.train, len(dataset))
+    """Run the Trainer to its end from the newest checkpoint of this run that verifies."""
+    saved, steps = run.folder / runs.CHECKPOINTS, planned_steps(recipe.train, len(dataset))
+    start = checkpoints.find_start(saved, run.manifest.key())
+    checkpoints.truncate_history(run.folder, start.step)
+    gradients = GradientCheck(start.facts)
     set_seed(recipe.train.seed)
-    built = recipe.build(preprocess, checkpoint)
-    console.say(f"run {run.folder}: {_describe(recipe, built)} from {len(dataset)} windows, {_span(done, steps)}")
-    with console.progress("train", steps - done, "steps") as bar:
-        gradients, stop = GradientCheck(done), StopOnSignal()
-        trainer = make_trainer(saved, recipe, built, dataset, steps)
-        for callback in (gradients, stop, Journal(run.folder, bar)):
+    built = recipe.build(preprocess, start.checkpoint)
+    console.say(f"run {run.folder}: {_describe(recipe, built)} from {len(dataset)} windows, {_span(start.step, steps)}")
+    trainer = make_trainer(saved, recipe, built, dataset, steps)
+    if start.checkpoint and start.step == steps:  # killed before the weights were published
+        # `train` would take one step more; this is what it does first, so that the same bytes are published.
+        trainer._load_from_checkpoint(str(start.checkpoint))
+    else:
+        _take_steps(trainer, run, start, gradients, console)
+    loss = checkpoints.last_loss(run.folder, steps)
+    return built, {"steps": steps, "loss": loss, "gradients_checked_at_step": gradients.passed_at}
+
+
+def _take_steps(
+    trainer: Any, run: runs.Run, start: checkpoints.Start, gradients: GradientCheck, console: Console
+) -> None:
+    """Train to the last step, or until a signal comes."""
+    steps = trainer.args.max_steps
+    if (gpus := torch.cuda.device_count()) > 1:
+        console.say(f"training on one of {gpus} GPUs; CUDA_VISIBLE_DEVICES chooses which")
+    with console.progress("train", steps - start.step, "steps") as bar:
+        stop = StopOnSignal(console)
+        for callback in (gradients, stop, Journal(run, gradients, bar)):
             trainer.add_callback(callback)
         try:
-            output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
         finally:
             stop.restore()
-    if stop.stopped and trainer.state.global_step < steps:
+    if stop.signal == signal.SIGINT:
+        raise KeyboardInterrupt
+    if stop.signal and trainer.state.global_step < steps:
         raise Preempted(f"stopped at step {trainer.state.global_step} of {steps}, saved; run the same command again")
-    logged = checkpoints.read_history(run.folder)
-    return built, {
-        "steps": trainer.state.global_step,
-        "loss": logged[-1]["loss"] if logged else float(output.training_loss),
-        "gradients_checked_at_step": gradients.passed_at,
-    }
 
 
 def make_trainer(
@@ -208,10 +267,9 @@ def make_trainer(
         steps: of the optimiser.
         mixins: classes whose methods come before ours.
     """
-    kind = recipe.trainer()
-    trainer = compose_trainer(kind.trainer, *mixins)(
+    trainer = compose_trainer(recipe.trainer().trainer, *mixins)(
         model=built.model,
-        args=kind.arguments(**_arguments(folder, recipe, steps), **kind.always),
+        args=trainer_arguments(folder, recipe, steps),
         train_dataset=Dataset.from_dict({"index": list(range(len(dataset)))}),
         data_collator=RowCollator(dataset, recipe),
         processing_class=built.tokenizer,
@@ -221,39 +279,6 @@ def make_trainer(
     # Qwen2.5-VL declares False; our loss divides by the count of the whole step, which the Trainer gives only so.
     trainer.model_accepts_loss_kwargs = True
     return trainer
-
-
-def _arguments(folder: Path, recipe: Any, steps: int) -> dict[str, Any]:
-    settings: TrainSettings = recipe.train
-    on_gpu = torch.cuda.is_available()
-    return {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": settings.batch_size,
-        "gradient_accumulation_steps": settings.accumulation,
-        "learning_rate": settings.learning_rate,
-        "lr_scheduler_type": settings.schedule,
-        "warmup_steps": math.ceil(settings.warmup_ratio * steps),
-        "weight_decay": settings.weight_decay,
-        "max_grad_norm": settings.max_grad_norm,
-        "optim": settings.optimizer,
-        "max_steps": steps,
-        "gradient_checkpointing": None,
-        "activation_checkpointing": settings.gradient_checkpointing,
-        "save_strategy": "steps",
-        "save_steps": settings.save_steps,
-        "save_total_limit": _CHECKPOINTS_KEPT,
-        "logging_steps": settings.log_steps,
-        "dataloader_num_workers": settings.workers,
-        "dataloader_pin_memory": on_gpu,
-        "seed": settings.seed,
-        "data_seed": settings.seed,
-        "use_cpu": not on_gpu,
-        "bf16": on_gpu and recipe.precision == "bfloat16",
-        "fp16": on_gpu and recipe.precision == "float16",
-        "remove_unused_columns": False,
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
 
 
 def _manifest(recipe: Any, shards: ShardSet, profile: str) -> runs.RunManifest:
@@ -272,32 +297,6 @@ def _manifest(recipe: Any, shards: ShardSet, profile: str) -> runs.RunManifest:
     )
 
 
-def _same_run(folder: Path, manifest: runs.RunManifest) -> runs.Run | None:
-    """Return the run in a folder if it is this one; None where the folder holds none."""
-    if not (folder / runs.RUN_FILE).is_file():
-        return None
-    run = runs.open_run(folder)
-    ignored = {"machine": {}, "profile": ""}
-    shards = manifest.shards.model_copy(update={"folder": ""})
-    old = run.manifest.model_copy(update={**ignored, "shards": run.manifest.shards.model_copy(update={"folder": ""})})
-    changed = differences(old, manifest.model_copy(update={**ignored, "shards": shards}))
-    if changed:
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise UsageError(
-            f"run {folder} was started with other settings ({'; '.join(changed[:3])}{more}); "
-            "use --fresh to start it anew, or --run NAME for another"
-        )
-    return run
-
-
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != ".lock":
-            path.unlink()
-
-
 def _check_rows(dataset: WindowDataset, settings: TrainSettings, folder: Path) -> None:
     if not len(dataset):
         raise DataError(f"{folder}: no window in the train split; fetch more recordings, or use --split time")
@@ -314,7 +313,13 @@ def _learned(dataset: WindowDataset) -> runs.Learned:
     columns = [name for name, value in rows[0].items() if isinstance(value, int | float)]
     medians = {name: statistics.median(row[name] for row in rows) for name in columns}
     known = {name: median for name, median in medians.items() if math.isfinite(median)}
-    return runs.Learned(recordings=tuple(e.id for e in dataset.entries), windows=len(rows), medians=known)
+    groups = {entry.group for entry in dataset.entries if entry.group}
+    return runs.Learned(
+        recordings=tuple(entry.id for entry in dataset.entries),
+        groups=tuple(sorted(groups)),
+        windows=len(rows),
+        medians=known,
+    )
 
 
 def _describe(recipe: Any, built: BuiltModel) -> str:
