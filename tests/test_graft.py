@@ -1,6 +1,7 @@
 """A Llama under a Qwen2.5-VL's vision tower: it reads as before, and its new merger learns beside an adapter."""
 
 import importlib.util
+from typing import Any
 
 import pytest
 import torch
@@ -10,22 +11,24 @@ from omni_cli.errors import OmniError, UsageError
 from omni_cli.models import adapters, graft, qwen_vl, tiny
 from tests.test_models import make_rows, recipe
 
+SHAPE: dict[str, Any] = {
+    "vocab_size": 600,
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0},
+    "tie_word_embeddings": True,
+}
+WIDE = SHAPE | {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}  # as the tiny model is
+
 
 @pytest.fixture(scope="module")
 def llama():
     torch.manual_seed(5)
-    config = LlamaConfig(
-        vocab_size=600,
-        hidden_size=96,
-        intermediate_size=160,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(LlamaConfig(**SHAPE))
 
 
 @pytest.fixture
@@ -49,6 +52,15 @@ def test_all_of_the_tower_is_taken_but_the_layer_onto_the_language_model(grafted
     new = [name for name, weight in model.model.visual.state_dict().items() if not torch.equal(weight, theirs[name])]
     assert new == ["merger.mlp.2.weight", "merger.mlp.2.bias"]
     assert model.config.vision_config.tokens_per_second == tiny.TOKENS_PER_SECOND
+
+
+def test_the_layer_onto_a_language_model_of_equal_width_is_new_too() -> None:
+    seeing = recipe("qwen2_5_vl")
+    built = seeing.build(seeing.preprocess())
+    model = graft.graft(LlamaForCausalLM(LlamaConfig(**WIDE)), built.tokenizer, built.model, seed=3)
+    old = built.model.model.visual.merger.mlp[2].weight
+    assert old.shape == model.model.visual.merger.mlp[2].weight.shape
+    assert not torch.equal(old, model.model.visual.merger.mlp[2].weight)
 
 
 def test_saved_it_is_a_base_like_any_other(grafted, tmp_path) -> None:

@@ -2,14 +2,16 @@
 
 import shutil
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from omni_cli.errors import OmniError
+from omni_cli.errors import DataError, OmniError, UsageError
 from omni_cli.models import adapters, batched_vision, losses, qwen_vl
 from omni_cli.models.rope import rope_ids
 from omni_cli.recipes.vlm import Vlm
@@ -182,6 +184,31 @@ def test_a_wrong_adapter_is_found() -> None:
         adapters.verify(model, narrower)
 
 
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (("q_proj", "k_porj"), r"tune\.targets: 'k_porj' is no layer .* did you mean 'k_proj'\?"),
+        (("foo",), "'foo' is no layer of the language model; known: down_proj, gate_proj"),
+        ((), "'nothing' is no layer of the language model"),
+    ],
+)
+def test_a_target_that_is_no_layer_is_refused(targets, message: str) -> None:
+    vlm = recipe("qwen2_5_vl", "lora")
+    asked = vlm.model_copy(update={"tune": vlm.tune.model_copy(update={"targets": targets})})
+    with pytest.raises(UsageError, match=message):
+        asked.build(asked.preprocess())
+
+
+def test_a_target_that_some_layers_lack_is_found() -> None:
+    vlm = recipe("qwen2_5_vl", "lora")
+    model = vlm.build(vlm.preprocess()).model
+    layer = model.base_model.model.model.language_model.layers[1].self_attn
+    layer.v_proj = layer.v_proj.base_layer
+    asked = adapters.AdapterSpec(rank=4, alpha=32, dropout=0.0, targets=vlm.tune.targets)
+    with pytest.raises(OmniError, match="adapter sits on 1 layers named v_proj; the language model has 2"):
+        adapters.verify(model, asked)
+
+
 def test_gradient_check_names_the_tensor() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     model[0].requires_grad_(requires_grad=False)
@@ -247,3 +274,72 @@ def test_token_loss_counts_only_labelled_tokens() -> None:
     )
     assert int(count) == 5
     assert torch.allclose(total, expected)
+
+
+def test_answers_are_greedy_whatever_the_base_prefers() -> None:
+    """Published Qwen2.5-VL ship a repetition penalty, which changes digits."""
+    vlm = recipe("qwen2_5_vl")
+    preprocess, rows = vlm.preprocess(), make_rows(vlm, [3.0])
+    built = vlm.build(preprocess)
+    plain = vlm.predict(built, rows, preprocess)[0].text
+    built.model.generation_config.update(repetition_penalty=1.9, no_repeat_ngram_size=1)
+    assert vlm.predict(built, rows, preprocess)[0].text == plain
+    assert built.model.generation_config.repetition_penalty == 1.9
+
+
+def saved(folder: Path) -> Vlm:
+    vlm = recipe("qwen2_5_vl")
+    vlm.save(vlm.build(vlm.preprocess()), folder)
+    return vlm.model_copy(update={"model": str(folder)})
+
+
+def test_a_base_that_lacks_weights_is_refused(tmp_path) -> None:
+    vlm = saved(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = {k: v for k, v in load_file(path).items() if "merger.mlp.2" not in k}
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(DataError, match=r"lacks 2 of its weights, first model\.visual\.merger\.mlp\.2\.bias"):
+        vlm.build(vlm.preprocess())
+
+
+def test_pickled_weights_are_never_loaded(tmp_path) -> None:
+    vlm = saved(tmp_path)
+    path = tmp_path / "model.safetensors"
+    torch.save(load_file(path), tmp_path / "pytorch_model.bin")
+    path.unlink()
+    with pytest.raises(OmniError, match="cannot load model"):
+        vlm.build(vlm.preprocess())
+    with pytest.raises(OmniError, match="pickled weights are never loaded"):
+        vlm.base_fingerprint()
+
+
+def test_a_base_is_known_by_its_weights_its_configuration_or_its_commit(tmp_path, monkeypatch) -> None:
+    vlm = saved(tmp_path / "here")
+    before = vlm.base_fingerprint()
+    config = tmp_path / "here" / "config.json"
+    config.write_text(config.read_text() + " ")
+    assert vlm.base_fingerprint() != before
+    commit = "c" * 40
+    cached = tmp_path / "cache" / "models--org--vlm"
+    shutil.copytree(tmp_path / "here", cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert qwen_vl.weights_fingerprint("org/vlm") == f"org/vlm@{commit}"
+
+
+def test_four_bits_are_counted_for_what_is_quantised_alone() -> None:
+    """Qwen3-VL-8B: 36 layers of 7 matrices in NF4; embeddings, head and tower in 16 bits."""
+    plain = Vlm(model="Qwen/Qwen3-VL-8B-Instruct")
+    total, _, sixteen = plain.size(plain.preprocess())
+    quantised = 36 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 12288)
+    _, _, four = plain.model_copy(update={"quantization": "nf4"}).size(plain.preprocess())
+    assert sixteen == 2 * total
+    assert four == pytest.approx(2 * (total - quantised) + 0.5159 * quantised, rel=1e-4)
+
+
+@pytest.mark.parametrize("device", ["meta", "gpu", "cuda:x"])
+def test_a_device_that_is_none_is_refused(device: str) -> None:
+    with pytest.raises(UsageError, match=f"--device {device}: expected cpu, cuda or cuda:N"):
+        qwen_vl.place(torch.nn.Linear(2, 2), device, None)

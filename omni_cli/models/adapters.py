@@ -18,9 +18,12 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from omni_cli.errors import DataError, OmniError
+from omni_cli.config import nearest
+from omni_cli.errors import DataError, OmniError, UsageError
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_LAYER = re.compile(r"language_model\.layers\.\d+$")
+_LINEAR = re.compile(r"language_model\.layers\.\d+\.(?:self_attn|mlp)\.(\w+_proj)$")
 _MERGER = re.compile(r"visual\.(merger|deepstack_merger_list\.\d+)$")
 
 
@@ -54,8 +57,10 @@ def attach(model: PreTrainedModel, spec: AdapterSpec) -> nn.Module:
     """Freeze a model, attach an adapter to its language model, and verify it.
 
     Raises:
+        UsageError: a target is no layer of this model.
         OmniError: the adapter is not what was asked for.
     """
+    check_targets(model, spec.targets)
     config = LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha,
@@ -68,6 +73,17 @@ def attach(model: PreTrainedModel, spec: AdapterSpec) -> nn.Module:
     wrapped: nn.Module = get_peft_model(model, config)
     verify(wrapped, spec)
     return wrapped
+
+
+def check_targets(model: nn.Module, targets: Sequence[str]) -> None:
+    """Check that every target is a linear layer of the language model.
+
+    Raises:
+        UsageError: one is not, or there is none.
+    """
+    known = {match[1] for name, _ in model.named_modules() if (match := _LINEAR.search(name))}
+    if wrong := [name for name in targets if name not in known] or ([] if targets else ["nothing"]):
+        raise UsageError(f"tune.targets: {wrong[0]!r} is no layer of the language model; {nearest(wrong[0], known)}")
 
 
 def load(model: PreTrainedModel, folder: Path, spec: AdapterSpec) -> nn.Module:
@@ -114,13 +130,18 @@ def verify(model: nn.Module, spec: AdapterSpec) -> None:
     strangers = [name for name in layers if not wanted.fullmatch(name)]
     if strangers or not layers:
         raise OmniError(f"adapter sits on {strangers or 'nothing'}; expected layers that match {wanted.pattern}")
+    depth = sum(bool(_LAYER.search(name)) for name, _ in model.named_modules())
+    for target in spec.targets:
+        hits = sum(name.endswith(f".{target}") for name in layers)
+        if hits != depth:
+            raise OmniError(f"adapter sits on {hits} layers named {target}; the language model has {depth}")
     for name, layer in layers.items():
         rank, scale = layer.lora_A["default"].weight.shape[0], layer.scaling["default"]
         if rank != spec.rank or scale != spec.alpha / spec.rank:
             asked = f"asked for {spec.rank} and {spec.alpha / spec.rank}"
             raise OmniError(f"adapter on {name} has rank {rank} and scale {scale}; {asked}")
     mergers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
-    if bool(mergers) != spec.train_merger:
+    if len(mergers) != (len(merger_names(model)) if spec.train_merger else 0):
         raise OmniError(f"{len(mergers)} mergers learn beside the adapter; asked for train_merger={spec.train_merger}")
     expected = sum(_analytic(layer, spec) for layer in layers.values())
     expected += sum(weight_count(merger.original_module) for merger in mergers)

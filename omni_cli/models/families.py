@@ -115,6 +115,9 @@ def model_config(model: str) -> PreTrainedConfig:
     Raises:
         OmniError: it is not here and the hub cannot be reached.
     """
+    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
+        known = f"a hub id such as {next(iter(_PUBLISHED))}, or {TINY_PREFIX}{next(iter(FAMILIES))}"
+        raise UsageError(f"model {model}: no such folder; give a folder of weights, {known}")
     if model in _PUBLISHED and not Path(model).is_dir():
         build, shape = _PUBLISHED[model]
         return build(**shape)

