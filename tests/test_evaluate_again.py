@@ -2,14 +2,19 @@
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from omni_cli import files
-from omni_cli.errors import DataError
+from omni_cli.errors import DataError, OmniError
+from omni_cli.recipe import SplitSettings
 from omni_cli.report import Console
+from omni_cli.samples.dataset import WindowDataset
+from omni_cli.samples.shards import open_shards
 from omni_cli.stages import runs
-from omni_cli.stages.evaluate import EVAL, REPORT_FILE, EvalRequest, evaluate
+from omni_cli.stages.etl import EtlRequest, etl
+from omni_cli.stages.evaluate import EVAL, REPORT_FILE, EvalRequest, check_leak, evaluate
 from omni_cli.stages.train import TrainRequest, train
 from tests.support.pipeline import QUIET, make_run, tiny_recipe, write_synthetic
 
@@ -86,3 +91,54 @@ def test_one_short_recording_has_no_swapped_control_and_says_so(made, capsys):
     assert "no control with swapped pictures: all windows are of 5 s of one recording" in capsys.readouterr().err
     names = [condition["name"] for condition in result["conditions"]]
     assert names == ["model", "first frame repeated", "constant median"]
+
+
+def cut_by_time(made, folder):
+    """Cut the same recordings anew, each parted by time."""
+    recipe = made.recipe.model_copy(update={"split": SplitSettings(rule="time", validation=0.4, gap_s=0.1)})
+    request = EtlRequest(data=made.data, out=folder, workers=0)
+    return recipe, Path(etl(recipe, request, QUIET)["shards"])
+
+
+def test_recordings_that_were_trained_on_are_refused_however_they_are_cut_now(made, tmp_path):
+    _, shards = cut_by_time(made, tmp_path / "by-time")
+    with pytest.raises(DataError, match="1 recordings, or others of their drives, were trained on"):
+        evaluate(made.recipe, made.run, EvalRequest(shards, "val", blind=False), QUIET)
+
+
+def test_of_its_own_shards_parted_by_time_only_the_later_part_is_measured(made, tmp_path):
+    recipe, shards = cut_by_time(made, tmp_path / "by-time")
+    trained = train(recipe, TrainRequest(shards, made.data, tmp_path, "timed", "test"), QUIET)
+    run = runs.open_finished(Path(trained["run"]))
+    assert evaluate(recipe, run, SEEING, QUIET)["split_rule"] == "time"
+    with pytest.raises(DataError, match=r"split train: .* were trained on"):
+        evaluate(recipe, run, EvalRequest(split="train", blind=False), QUIET)
+
+
+def test_no_twin_learns_from_shards_that_were_made_anew(original, tmp_path):
+    """Where the run's shards lay, others lie now: there is nothing that it learned from, and no twin."""
+    recipe, shards = original.recipe, tmp_path / "shards" / "run"
+    shutil.copytree(original.shards, shards)
+    folder = tmp_path / "runs" / "run"
+    shutil.copytree(original.run.folder, folder)
+    run_file = folder / runs.RUN_FILE
+    manifest = original.run.manifest
+    moved = manifest.shards.model_copy(update={"folder": str(shards), "fingerprint": "0" * 64})
+    files.write_json(run_file, manifest.model_copy(update={"shards": moved}).model_dump(mode="json"))
+    run = runs.open_run(folder)
+    with pytest.raises(DataError, match="shards of run run are gone or were made anew; name others with --shards"):
+        evaluate(recipe, run, EvalRequest(), QUIET)
+    assert not (folder / "blind").exists()
+
+
+def test_two_do_not_measure_one_run_at_once(made):
+    with files.exclusive(made.run.folder, "training in"), pytest.raises(OmniError, match="another omni is measuring"):
+        evaluate(made.recipe, made.run, SEEING, QUIET)
+
+
+def test_other_segments_of_a_drive_that_was_trained_on_are_refused(original):
+    dataset = WindowDataset(open_shards(original.shards), "val")
+    learned = runs.Learned(recordings=("another",), groups=(dataset.entries[0].group,), windows=1, medians={})
+    with pytest.raises(DataError, match="others of their drives"):
+        check_leak(dataset, learned, is_own=False)
+    check_leak(dataset, learned.model_copy(update={"groups": ("elsewhere",)}), is_own=False)

@@ -190,3 +190,6 @@ def test_other_outputs_are_refused():
             compare_outputs([wrong], expected, 1e-3)
     with pytest.raises(OmniError, match="other shapes"):
         compare_outputs([expected[0][:1]], expected, 1e-3)
+    beside_a_large_one = [np.array([100.0], dtype=np.float32), np.array([1.0], dtype=np.float32)]
+    with pytest.raises(OmniError, match=r"output 1 .* differs from torch's by 1\.5e\+00, 2\.0e-02 allowed"):
+        compare_outputs([beside_a_large_one[0], np.array([-0.5], dtype=np.float32)], beside_a_large_one, 2e-2)

@@ -1,6 +1,7 @@
 """`infer` shows the model what `etl` would have shown it, and its answers are those that `eval` measures."""
 
 import json
+import shutil
 from fractions import Fraction
 
 import numpy as np
@@ -19,6 +20,7 @@ from omni_cli.samples.dataset import WindowDataset
 from omni_cli.samples.shards import open_shards
 from omni_cli.samples.sync import PlannedWindow
 from omni_cli.sources import open_source
+from omni_cli.sources.quarantine import write_quarantine
 from omni_cli.sources.video_file import video_recording
 from omni_cli.stages.export import ExportRequest, export
 from omni_cli.stages.infer import Answer, InferRequest, infer, subject_of_base, subject_of_run
@@ -203,6 +205,22 @@ def test_a_file_that_is_no_video_is_one_line(one_camera, tmp_path, capsys):
     assert captured.out == ""
 
 
+def test_a_recording_in_quarantine_is_refused_with_its_reason(one_camera, tmp_path):
+    shutil.copytree(one_camera.data / "raw", tmp_path / "raw")
+    aside, other = recording_ids(one_camera)[:2]
+    listed = write_quarantine(tmp_path / "raw" / "synthetic", {aside: "the camera was covered"})
+    message = rf"{aside} is in quarantine: the camera was covered; mend it and delete its line from {listed}, or ask"
+    subject = subject_of_run(one_camera.run)
+    for data in (tmp_path, tmp_path / "raw" / "synthetic"):
+        with pytest.raises(DataError, match=message):
+            infer(one_camera.recipe, subject, InferRequest((aside,), data=data, out=tmp_path / "out"), QUIET)
+        assert not (tmp_path / "out").exists()
+    (clip,) = infer(one_camera.recipe, subject, InferRequest((other,), data=tmp_path, out=tmp_path / "out"), QUIET)[
+        "clips"
+    ]
+    assert clip["windows"] > 1
+
+
 def test_a_clip_shorter_than_a_window_is_refused(one_camera, tmp_path):
     path = tmp_path / "short.mp4"
     with path.open("wb") as stream:
@@ -271,7 +289,7 @@ def test_the_recipe_of_a_base_is_asked_with_its_own_preprocessing():
 def test_two_subjects_are_refused(made, tmp_path):
     with pytest.raises(UsageError, match="--run asks a trained model as it is; leave out --model"):
         open_subject(made.run.folder, tmp_path, QUIET, model="x", profile=None, sets=[])
-    with pytest.raises(OmniError, match="cannot read the configuration of model"):
+    with pytest.raises(OmniError, match=r"model .*absent: no such folder"):
         open_subject(None, tmp_path, QUIET, model=str(tmp_path / "absent"), profile="cpu-tiny", sets=[])
 
 

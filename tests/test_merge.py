@@ -13,6 +13,7 @@ from omni_cli.recipes.vlm import Vlm
 from omni_cli.samples.dataset import WindowDataset
 from omni_cli.samples.shards import open_shards
 from omni_cli.stages import models, runs
+from omni_cli.stages.evaluate import EvalRequest, evaluate
 from omni_cli.stages.merge import MergeRequest, Parity, check_parity, merge, probe
 from tests.support.pipeline import QUIET, Made, make_run, tiny_recipe, write_synthetic
 
@@ -151,6 +152,8 @@ def test_another_base_is_refused(on_a_folder):
     weights = load_file(base / "model.safetensors")
     name = next(iter(weights))
     save_file({**weights, name: weights[name] + 1}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DataError, match="adapter does not match its base"):
+        evaluate(made.recipe, made.run, EvalRequest(blind=False), QUIET)
     with pytest.raises(DataError, match=r"adapter does not match its base: run run was trained on \w+, .* train again"):
         merge(made.recipe, made.run, MergeRequest(), QUIET)
     assert not (made.run.folder / "merged").exists()

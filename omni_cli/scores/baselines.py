@@ -1,13 +1,6 @@
 """What a model must beat: answers that need no picture."""
 
-import numpy as np
-
 from omni_cli.scene.clock import Float64Array
-
-
-def constant_median(train_truth: Float64Array, count: int) -> Float64Array:
-    """Return the train set's median for every window: the best constant under absolute error."""
-    return np.full(count, float(np.median(train_truth)))
 
 
 def constant_velocity(column: str, start_speed_mps: Float64Array, duration_s: Float64Array) -> Float64Array:

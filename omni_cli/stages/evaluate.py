@@ -60,32 +60,51 @@ def evaluate(recipe: Any, run: runs.Run, request: EvalRequest, console: Console)
     """Measure a finished run, unless its sealed report answers the very same question.
 
     Raises:
-        DataError: there is nothing to measure on, or it was trained on.
+        DataError: there is nothing to measure on, it was trained on, or the base is not the adapter's.
+        OmniError: another process is training or measuring this run.
     """
-    own = open_shards(Path(run.manifest.shards.folder)) if _is_there(run) else None
+    own = _own_shards(run)
     shards = open_shards(request.shards) if request.shards else own
     if shards is None:
-        raise DataError(f"the shards of run {run.name} are gone; name others with --shards")
+        raise DataError(f"the shards of run {run.name} are gone or were made anew; name others with --shards")
     check_fit(recipe, shards, run.manifest.profile)
-    is_own = shards.manifest.fingerprint == run.manifest.shards.fingerprint
-    split = request.split or ("val" if is_own else "all")
-    asks_blind = request.blind and own is not None and not recipe.train.blind
-    facts = _facts(run, shards, split, blind=asks_blind)
+    split = request.split or ("val" if _is_own(run, shards) else "all")
+    twin_learns_from = own if request.blind and not recipe.train.blind else None
+    facts = _facts(run, shards, split, blind=twin_learns_from is not None)
     folder = run.folder / EVAL
-    if models.made_from(folder, **facts):
-        console.say(f"{folder} answers for these weights, shards and split; nothing to do")
-        return _result(run, shards, folder, recipe.quantities, console)
-    dataset = _dataset(shards, split, recipe, console)
+    with files.exclusive(run.folder, "measuring"):
+        if models.made_from(folder, **facts):
+            console.say(f"{folder} answers for these weights, shards and split; nothing to do")
+        else:
+            _measure(recipe, run, _dataset(shards, split, recipe, console), twin_learns_from, console)
+            runs.seal_folder(folder, **facts)
+    return _result(run, shards, folder, recipe.quantities, console)
+
+
+def _measure(
+    recipe: Any, run: runs.Run, dataset: WindowDataset, twin_learns_from: ShardSet | None, console: Console
+) -> None:
+    """Put every question to the model and its controls, and write the report."""
     learned = run.learned()
-    _check_leak(dataset, learned, shards)
+    check_leak(dataset, learned, is_own=_is_own(run, dataset.shards))
+    models.check_base(recipe, run)
     conditions = _conditions(recipe, run, dataset, console)
-    if asks_blind and own is not None:
-        conditions.append(_blind_twin(recipe, run, own, dataset, console))
+    if twin_learns_from is not None:
+        conditions.append(_blind_twin(recipe, run, twin_learns_from, dataset, console))
     conditions += _baselines(recipe, dataset, learned)
     report = _report(recipe, run, dataset, conditions, learned)
-    _publish(folder, run, dataset, conditions[0], report, quantities=recipe.quantities)
-    runs.seal_folder(folder, **facts)
-    return _result(run, shards, folder, recipe.quantities, console)
+    _publish(run.folder / EVAL, run, dataset, conditions[0], report, quantities=recipe.quantities)
+
+
+def _is_own(run: runs.Run, shards: ShardSet) -> bool:
+    return shards.manifest.fingerprint == run.manifest.shards.fingerprint
+
+
+def _own_shards(run: runs.Run) -> ShardSet | None:
+    """Return the shards that a run learned from, if they are still there and still those."""
+    folder = Path(run.manifest.shards.folder)
+    shards = open_shards(folder) if folder.is_dir() else None
+    return shards if shards and _is_own(run, shards) else None
 
 
 def _facts(run: runs.Run, shards: ShardSet, split: str, *, blind: bool) -> dict[str, Any]:
@@ -102,13 +121,11 @@ def _result(
     marked = " (split by time inside each recording)" if report["split_rule"] == "time" else ""
     title = f"{run.name} on {report['windows']} windows of {report['recordings']} recordings{marked}"
     console.table(title, *table_of(report, quantities))
+    if unreadable := report["conditions"][0]["unreadable"]:
+        console.warn(f"{unreadable:.1%} of the model's answers could not be read; they count as the constant median")
     page, drawn = folder / "report.html", sorted(folder.glob("*.png"))
     console.say(f"report {page}")
     return {**report, "report": str(page), "pictures": [str(path) for path in drawn]}
-
-
-def _is_there(run: runs.Run) -> bool:
-    return Path(run.manifest.shards.folder).is_dir()
 
 
 def _dataset(shards: ShardSet, split: str, recipe: Any, console: Console) -> WindowDataset:
@@ -123,11 +140,21 @@ def _splits(shards: ShardSet) -> str:
     return ", ".join(f"{name} ({shards.manifest.count(name)})" for name in names)
 
 
-def _check_leak(dataset: WindowDataset, learned: runs.Learned, shards: ShardSet) -> None:
-    """Refuse to measure on what was learned; a split by time shares its recordings and is marked as such."""
+def check_leak(dataset: WindowDataset, learned: runs.Learned, *, is_own: bool) -> None:
+    """Refuse to measure on what was learned.
+
+    A split by time shares its recordings and is marked as such; only the run's own shards know where it was cut.
+
+    Raises:
+        DataError: a recording was trained on, or another part of its drive.
+    """
+    if is_own and dataset.split == "val" and dataset.shards.manifest.split_rule == "time":
+        return
     shared = {entry.id for entry in dataset.entries} & set(learned.recordings)
-    if shared and shards.manifest.split_rule != "time":
-        raise DataError(f"{len(shared)} recordings were trained on, first {min(shared)}; evaluate on others")
+    shared |= {entry.id for entry in dataset.entries if entry.group and entry.group in learned.groups}
+    if shared:
+        found = f"{len(shared)} recordings, or others of their drives, were trained on, first {min(shared)}"
+        raise DataError(f"{dataset.shards.folder}, split {dataset.split}: {found}; evaluate on others")
 
 
 def _conditions(recipe: Any, run: runs.Run, dataset: WindowDataset, console: Console) -> list[Condition]:

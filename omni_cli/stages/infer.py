@@ -21,8 +21,7 @@ from omni_cli.samples.sync import PlannedWindow
 from omni_cli.scene.recording import Recording
 from omni_cli.stages import runs
 from omni_cli.stages.clips import Clip, find_clips
-from omni_cli.stages.merge import check_base
-from omni_cli.stages.models import ModelFolder, best_device
+from omni_cli.stages.models import ModelFolder, best_device, check_base
 from omni_cli.stages.overlay import Said, caption, write_overlay
 
 _BATCH = 8
@@ -190,7 +189,7 @@ class Asker:
 
 
 def _load(recipe: Inferable, subject: Subject, request: InferRequest, console: Console) -> BuiltModel:
-    if subject.run is not None and recipe.tune.mode != "full":
+    if subject.run is not None:
         check_base(recipe, subject.run)
     if subject.weights is None:
         built, note = recipe.load_base_to_ask(subject.preprocess)

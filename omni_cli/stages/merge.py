@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omni_cli.errors import DataError, OmniError, UsageError
-from omni_cli.recipe import BuiltModel, Mergeable, Trainable, require
+from omni_cli.errors import OmniError, UsageError
+from omni_cli.recipe import BuiltModel, Mergeable, require
 from omni_cli.report import Console
 from omni_cli.samples.preprocess import Preprocess
 from omni_cli.stages import models, runs
@@ -55,26 +55,12 @@ def merge(recipe: Any, run: runs.Run, request: MergeRequest, console: Console) -
     if done := models.made_from(folder, run_weights=key):
         console.say(f"{folder} is merged from these weights; nothing to do")
         return {"model": str(folder), "run": str(run.folder), "parity": done["parity"]}
-    check_base(mergeable, run)
+    models.check_base(mergeable, run)
     with models.publish_folder(folder, "merging into") as made:
         parity = _merge_into(made, mergeable, run, console)
     runs.seal_folder(folder, run_weights=key, parity=vars(parity))
     console.say(f"merged model in {folder}: logits differ by {parity.merged:.1e}, {parity.allowed:.1e} allowed")
     return {"model": str(folder), "run": str(run.folder), "parity": vars(parity)}
-
-
-def check_base(recipe: Trainable, run: runs.Run) -> None:
-    """Refuse a base that is not the one that the adapter was trained on.
-
-    Raises:
-        DataError: it is another.
-    """
-    found, expected = recipe.base_fingerprint(), run.manifest.base_fingerprint
-    if found != expected:
-        raise DataError(
-            f"adapter does not match its base: run {run.name} was trained on {expected}, the base is now {found}; "
-            "bring the old base back, or train again"
-        )
 
 
 def _merge_into(folder: Path, recipe: Mergeable, run: runs.Run, console: Console) -> Parity:

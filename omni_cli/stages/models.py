@@ -17,6 +17,7 @@ import torch
 from omni_cli import files
 from omni_cli.config import Layer, Settings, read_document, resolve
 from omni_cli.errors import DataError, UsageError
+from omni_cli.recipe import Trainable
 from omni_cli.samples.preprocess import Preprocess
 from omni_cli.stages import runs
 
@@ -93,9 +94,11 @@ def publish_folder(folder: Path, doing: str) -> Iterator[Path]:
     """Yield an empty folder that takes its place only if the block ends without an error; seal it afterwards.
 
     Raises:
-        UsageError: a folder that omni did not make is in the way.
+        UsageError: what is in the way is a part of a run, or omni did not make it.
         OmniError: another process is at it.
     """
+    if folder.name == runs.FINAL and (folder.parent / runs.RUN_FILE).is_file():
+        raise UsageError(f"{folder}: holds what run {folder.parent.name} has learned; choose another folder with --out")
     if folder.exists() and not _may_be_replaced(folder):
         raise UsageError(f"{folder}: is there and omni did not make it; choose another folder with --out")
     work = folder.with_name(f".{folder.name}.partial")
@@ -111,7 +114,23 @@ def publish_folder(folder: Path, doing: str) -> Iterator[Path]:
             folder.rename(old)
         made.rename(folder)
         files.sync_folder(folder.parent)
-    shutil.rmtree(work)
+        shutil.rmtree(work)  # with the lock still held: what is in it is ours
+
+
+def check_base(recipe: Trainable, run: runs.Run) -> None:
+    """Refuse a base that is not the one that a run's adapter was trained on; a fully tuned run needs none.
+
+    Raises:
+        DataError: it is another.
+    """
+    if recipe.tune.mode == "full":
+        return
+    found, expected = recipe.base_fingerprint(), run.manifest.base_fingerprint
+    if found != expected:
+        raise DataError(
+            f"adapter does not match its base: run {run.name} was trained on {expected}, the base is now {found}; "
+            "bring the old base back, or train again"
+        )
 
 
 def weights_key(run: runs.Run) -> str:
