@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 failed, 2 wrong usage or config, 3 data refused, 75 pre-empted but saved, 130 interrupted.
 """
 
+import errno
 import json
 import os
 import sys
@@ -17,6 +18,16 @@ from omni_cli.commands import app
 from omni_cli.errors import OmniError
 
 INTERRUPTED = 130
+# What the machine refuses is no bug of ours wherever it happens.
+_REMEDIES = {
+    errno.EROFS: "choose another folder",
+    errno.EACCES: "choose another folder, or ask for the right to it",
+    errno.EPERM: "choose another folder, or ask for the right to it",
+    errno.ENOTDIR: "a folder was expected there; choose another",
+    errno.EISDIR: "a file was expected there; choose another",
+    errno.ENOSPC: "free the disk and run the same command again",
+    errno.EDQUOT: "free some of your quota and run the same command again",
+}
 
 
 def main() -> None:
@@ -44,12 +55,19 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(type(error).__name__, str(error), error.exit_code, as_json)
     except typer.TyperException as error:
         return _fail("UsageError", error.format_message(), error.exit_code, as_json)
-    except Exception as bug:
-        traceback.print_exc()
-        return _fail(type(bug).__name__, f"this is a bug in omni: {bug}", 1, as_json)
+    except Exception as error:
+        return _unforeseen(error, as_json)
     if code == INTERRUPTED:
         return _fail("KeyboardInterrupt", "interrupted; run the same command again to go on", code, as_json)
     return int(code)
+
+
+def _unforeseen(error: Exception, as_json: bool) -> int:
+    if isinstance(error, OSError) and error.errno in _REMEDIES:
+        what = f"{error.filename or 'a file'}: {str(error.strerror).lower()}; {_REMEDIES[error.errno]}"
+        return _fail("OSError", what, 1, as_json)
+    traceback.print_exc()
+    return _fail(type(error).__name__, f"this is a bug in omni: {error}", 1, as_json)
 
 
 def _fail(kind: str, message: str, exit_code: int, as_json: bool) -> int:

@@ -56,7 +56,7 @@ def read_layer(path: Path) -> Layer:
     """Read one TOML file.
 
     Raises:
-        UsageError: the file is missing, too large, or not TOML.
+        UsageError: the file is missing, unreadable, too large, or not TOML.
     """
     try:
         if path.stat().st_size > MAX_TOML_BYTES:
@@ -64,6 +64,8 @@ def read_layer(path: Path) -> Layer:
         return Layer(str(path), tomli.loads(path.read_text()))
     except FileNotFoundError:
         raise UsageError(f"no config file {path}; give the path of a TOML file") from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); give the path of a TOML file") from None
     except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: not valid TOML: {error}") from error
 
@@ -203,12 +205,19 @@ def _explain(schema: type[Settings], error: ErrorDetails, origins: Mapping[str, 
     origin = next((origins[k] for k in (key, *_parents(names), *origins) if k in origins and _related(k, key)), "")
     where = f"{origin}: " if origin else ""
     if error["type"] == "extra_forbidden":
-        return f"{where}unknown key {key}; {nearest(names[-1], _fields(schema, names[:-1]))}"
+        return f"{where}unknown key {key}; {_right_key(schema, names)}"
     if error["type"] == "missing":
         return f"{where}{key} is required and no layer sets it; add it to the profile or give --set {key}=VALUE"
     found = "" if isinstance(error["input"], dict) else f" = {error['input']!r}"
     message = error["msg"].removeprefix("Value error, ")
     return f"{where}{key}{found}: {message[:1].lower()}{message[1:]}"
+
+
+def _right_key(schema: type[Settings], names: Sequence[str]) -> str:
+    """Return the key that was meant: a near name in the same table, or the same name in another."""
+    elsewhere = [path for path in _paths(schema) if path.endswith(f".{names[-1]}")]
+    here = nearest(names[-1], _fields(schema, names[:-1]))
+    return f"did you mean {elsewhere[0]!r}?" if elsewhere and here.startswith("known:") else here
 
 
 def _parents(names: Sequence[str]) -> list[str]:
@@ -224,10 +233,20 @@ def _fields(schema: type[Settings], path: Sequence[str]) -> list[str]:
     current: Any = schema
     for name in path:
         current = _table_type(current.model_fields[name].annotation)
-    return list(current.model_fields)
+    return [field.alias or name for name, field in current.model_fields.items()]
+
+
+def _paths(schema: Any, prefix: str = "") -> Iterator[str]:
+    """Yield every dotted key of a schema."""
+    for name, field in schema.model_fields.items():
+        path = f"{prefix}{field.alias or name}"
+        yield path
+        if inner := _table_type(field.annotation):
+            yield from _paths(inner, f"{path}.")
 
 
 def _table_type(annotation: Any) -> Any:
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return next(a for a in typing.get_args(annotation) if isinstance(a, type) and issubclass(a, BaseModel))
-    return annotation
+    """Return the schema of a table, optional or not; None where a field is no table."""
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    kinds = typing.get_args(annotation) if is_union else (annotation,)
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)

@@ -41,6 +41,10 @@ def nan(columns):
         ("etl --profile cpu-tinny", "unknown profile 'cpu-tinny'; did you mean 'cpu-tiny'?"),
         ("train --profile cpu-tiny --set sample.windw=3", "--set: unknown key sample.windw; did you mean 'window'?"),
         ("etl --profile cpu-tiny", "no data folder data; get some with: omni fetch --source synthetic --chunks 2"),
+        ("etl --profile cpu-tiny --rate-hz 3000000", "sample.rate_hz = 3e+06: expected 0.001 to 1000 frames a second"),
+        ("etl --profile cpu-tiny --rate-hz 1e-300 --dry-run", "sample.rate_hz = 1e-300: expected 0.001 to 1000"),
+        ("etl --profile cpu-tiny --config .", ".: cannot be read (Is a directory); give the path of a TOML file"),
+        ("run --profile cpu-tiny --config .", ".: cannot be read (Is a directory); give the path of a TOML file"),
         ("train --profile cpu-tiny", "no data folder data; get some with: omni fetch --source synthetic --chunks 2"),
         ("bench nothing --profile cpu-tiny", "nothing to measure called 'nothing'; known: "),
         (
@@ -62,6 +66,13 @@ def test_an_empty_shard_folder_is_refused(tmp_path, capsys):
     code, said = said_by(f"train --profile cpu-tiny --data {tmp_path} --shards {tmp_path / 'empty'}", capsys)
     assert (code, said.count("\n")) == (3, 1)
     assert re.match(r"error: .*empty, it has no manifest\.json; finish it with: omni etl --out ", said)
+
+
+@pytest.mark.parametrize("manifest", ["[]", '"vlm"', "3"])
+def test_a_manifest_that_is_none_is_one_line(manifest, tmp_path, capsys):
+    (tmp_path / "manifest.json").write_text(manifest)
+    code, said = said_by(f"train --profile cpu-tiny --data {tmp_path} --shards {tmp_path}", capsys)
+    assert (code, said.count("\n")) == (3, 1), said
 
 
 @pytest.mark.parametrize(

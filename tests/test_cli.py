@@ -1,6 +1,7 @@
 """The command line as a user meets it: start-up, help, exit codes, one-line errors, completion."""
 
 import ast
+import errno
 import json
 import os
 import re
@@ -143,6 +144,19 @@ def test_a_bug_shows_its_traceback():
     assert "Traceback" in done.stderr
     assert done.stderr.endswith("error: this is a bug in omni: oops\n")
     assert json.loads(done.stdout.splitlines()[-1])["error"]["kind"] == "ZeroDivisionError"
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.EROFS, "runs/x: read-only file system; choose another folder"),
+        (errno.ENOTDIR, "runs/x: not a directory; a folder was expected there; choose another"),
+        (errno.ENOSPC, "runs/x: no space left on device; free the disk and run the same command again"),
+    ],
+)
+def test_what_the_machine_refuses_is_no_bug_of_ours(number, message):
+    done = python("-c", ENDING.format(body=f"import os; raise OSError({number}, os.strerror({number}), 'runs/x')"))
+    assert (done.returncode, done.stderr) == (1, f"error: {message}\n")
 
 
 def test_ctrl_c_exits_with_130():

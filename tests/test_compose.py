@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from omni_cli.commands._compose import camera_list, choose_profile, compose_recipe, recipe_of_shards
+from omni_cli.commands._compose import camera_list, choose_profile, compose_recipe, recipe_of_shards, table_of
 from omni_cli.commands._options import comma_list, parse_share, parse_size, parse_split
 from omni_cli.errors import UsageError
 from omni_cli.profiles import default_profile, load_profile
 from omni_cli.report import Console
+from omni_cli.stages.fetch import FetchRequest
+from omni_cli.stages.pipeline import FetchSettings, fetch_request
+from omni_cli.world.clip import SyntheticSpec
 
 
 def test_each_layer_wins_over_the_one_before(tmp_path: Path):
@@ -67,6 +70,69 @@ def test_the_shards_say_for_which_recipe_they_are(tmp_path: Path):
     shards.mkdir(parents=True)
     (shards / "manifest.json").write_text(json.dumps({"recipe": "control"}))
     assert recipe_of_shards(None, tmp_path) == recipe_of_shards(shards, tmp_path) == "control"
+
+
+@pytest.mark.parametrize("content", ["[]", '"vlm"', "{}", "3", "no json", ""])
+def test_shards_that_cannot_say_it_are_left_to_the_stage_that_reads_them(tmp_path: Path, content: str):
+    (tmp_path / "manifest.json").write_text(content)
+    assert recipe_of_shards(tmp_path, tmp_path) == "vlm"
+
+
+def asked_by_table(tmp_path: Path, table: str) -> FetchRequest:
+    config = tmp_path / "pipeline.toml"
+    config.write_text(f"[fetch]\n{table}\n")
+    return fetch_request(table_of(config, "fetch", FetchSettings), Path("data"))
+
+
+@pytest.mark.parametrize(
+    ("table", "asked"),
+    [
+        ("chunks = 3", {"source": "synthetic", "chunks": "3"}),
+        ('chunks = "0-4"', {"source": "synthetic", "chunks": "0-4"}),
+        (
+            'size = "96x54"\nfps = 10\nseconds = 2',
+            {
+                "source": "synthetic",
+                "chunks": "2",
+                "synthetic": SyntheticSpec(seconds=2, fps=10, width_px=96, height_px=54),
+            },
+        ),
+        ('source = "openpilot"\nfrom = "routes"', {"source": "openpilot", "origin": Path("routes")}),
+        (
+            'source = "physical_ai_av"\nclips = "a, b"\nmax_gb = 5\nrevision = "main"',
+            {"source": "physical_ai_av", "clips": ("a", "b"), "max_gb": 5.0, "revision": "main"},
+        ),
+        ('source = "physical_ai_av"\nclips = ["a"]', {"source": "physical_ai_av", "clips": ("a",)}),
+    ],
+)
+def test_the_fetch_table_speaks_the_words_of_omni_fetch(tmp_path: Path, table: str, asked: dict):
+    assert asked_by_table(tmp_path, table) == FetchRequest(data=Path("data"), **asked)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ('origin = "routes"', "unknown key origin; "),
+        ("width_px = 96", "unknown key width_px; known: "),
+        ('form = "routes"', "unknown key form; did you mean 'from'?"),
+        ("size = 320", "size = 320: input should be a valid string"),
+        ('size = "320"', "size = '320': expected \"WIDTHxHEIGHT\" in pixels"),
+        ('size = "0x180"', "size = '0x180': expected"),
+        ("chunks = true", "chunks = True: input should be a valid string"),
+        ("chunks = [0, 1]", "chunks = (0, 1): input should be a valid string"),
+        ("workers = 0", "workers = 0: input should be greater than or equal to 1"),
+    ],
+)
+def test_a_wrong_word_of_the_fetch_table_is_one_line(tmp_path: Path, table: str, message: str):
+    with pytest.raises(UsageError) as caught:
+        asked_by_table(tmp_path, table)
+    assert str(caught.value).startswith(f"{tmp_path / 'pipeline.toml'} [fetch]: {message}")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_fetch_table_asks_for_chunks_or_for_clips(tmp_path: Path):
+    with pytest.raises(UsageError, match=r"\[fetch\] holds both chunks and clips; keep one of them"):
+        asked_by_table(tmp_path, 'chunks = 2\nclips = "a"')
 
 
 def test_camera_sets_and_names_may_be_mixed():

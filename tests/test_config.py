@@ -7,6 +7,7 @@ import pytest
 import tomli
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import Field
 
 from omni_cli.config import (
     Layer,
@@ -49,6 +50,7 @@ def test_later_layers_win_and_origins_are_kept():
     ("assignment", "message"),
     [
         ("lora.rnak=4", "--set: unknown key lora.rnak; did you mean 'rank'?"),
+        ("rank=4", "--set: unknown key rank; did you mean 'lora.rank'?"),
         ("zzz=4", "--set: unknown key zzz; known: dtype, learning_rate, lora, note"),
         ("lora.rank=four", "--set: lora.rank = 'four': input should be a valid integer"),
         ("lora.rank=4.5", "--set: lora.rank = 4.5: input should be a valid integer"),
@@ -75,6 +77,30 @@ def test_a_bad_file_is_named(tmp_path: Path):
     path.write_text("#" * (2 << 20))
     with pytest.raises(UsageError, match="larger than"):
         read_layer(path)
+
+
+def test_what_cannot_be_read_is_one_line(tmp_path: Path):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop.toml").symlink_to(tmp_path / "loop.toml")
+    for path, reason in (
+        (tmp_path, "Is a directory"),
+        (tmp_path / "file" / "run.toml", "Not a directory"),
+        (tmp_path / "loop.toml", "Too many levels of symbolic links"),
+    ):
+        with pytest.raises(UsageError, match=rf"cannot be read \({reason}\); give the path of a TOML file") as caught:
+            read_layer(path)
+        assert str(caught.value).startswith(f"{path}: ")
+
+
+class Renamed(Settings):
+    origin: str | None = Field(None, alias="from")
+    chunks: int = 2
+
+
+def test_a_key_is_known_by_the_word_that_the_user_types():
+    assert resolve(Renamed, [override_layer(["from=routes"])]).value.origin == "routes"
+    with pytest.raises(UsageError, match=r"--set: unknown key origin; known: chunks, from"):
+        resolve(Renamed, [override_layer(["origin=routes"])])
 
 
 @given(

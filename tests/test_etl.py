@@ -183,6 +183,22 @@ def test_too_many_refusals_fail_and_publish_nothing(data, tmp_path):
         open_shards(tmp_path / "shards")
 
 
+@pytest.mark.parametrize(("torn", "refused"), [((0, 1, 2), "3 of 3"), ((0, 1), "2 of 3")])
+def test_the_last_share_publishes_nothing_where_the_others_refused_too_much(data, tmp_path, torn, refused):
+    for number in range(3):
+        shutil.copytree(segment(data, number), segment(tmp_path, number))
+    for number in torn:
+        (segment(tmp_path, number) / "qcamera.ts").write_bytes(b"")
+    for share in range(1, len(torn) + 1):
+        with pytest.raises(DataError, match=r"1 of 1 recordings were refused, more than the 20% allowed; the first is"):
+            run(tmp_path, tmp_path / "shards", shard=(share, 4))
+    for share in range(len(torn) + 1, 5):  # the fourth has nothing to do itself
+        with pytest.raises(DataError, match=rf"{refused} recordings were refused, .*{recording_id(0)}: .*omni audit$"):
+            run(tmp_path, tmp_path / "shards", shard=(share, 4))
+    with pytest.raises(DataError, match="unfinished"):
+        open_shards(tmp_path / "shards")
+
+
 def test_a_recording_in_quarantine_is_left_out_and_listed(data, tmp_path):
     shutil.copytree(data / "raw", tmp_path / "raw")
     write_quarantine(tmp_path / "raw" / "openpilot", {recording_id(TORN): "video is cut short"})
@@ -230,6 +246,13 @@ def test_a_missing_camera_names_itself_and_the_remedy(data, tmp_path):
     recipe = Plain(sample=SAMPLE.model_copy(update={"cameras": "fcamera"}))
     with pytest.raises(OmniError):
         run(data, tmp_path / "shards", recipe)
+
+
+def test_a_camera_that_no_recording_can_have_is_refused_before_any_is_opened(data, tmp_path):
+    recipe = Plain(sample=SAMPLE.model_copy(update={"cameras": "qcam"}))
+    with pytest.raises(UsageError, match="no camera 'qcam' in openpilot data; did you mean 'qcamera'"):
+        run(data, tmp_path / "shards", recipe)
+    assert not (tmp_path / "shards").exists()
 
 
 def test_a_full_disk_is_refused_before_the_start(tmp_path):

@@ -24,8 +24,7 @@ chunks = "2"
 clips_per_chunk = 2
 seconds = 2.5
 fps = 20
-width_px = 96
-height_px = 54
+size = "96x54"
 cameras = "1-cam"
 
 [sample]

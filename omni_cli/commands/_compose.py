@@ -96,7 +96,7 @@ def recipe_of_shards(shards: Path | None, data: Path) -> str:
     """
     try:
         return str(read_json((shards or newest_shards(data)) / SHARDS_MARK)["recipe"])
-    except (UsageError, OSError, ValueError, KeyError):
+    except (UsageError, OSError, ValueError, KeyError, TypeError):
         return DEFAULT_RECIPE
 
 

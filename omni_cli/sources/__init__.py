@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Protocol, cast
+from typing import ClassVar, Protocol, cast
 
 from omni_cli.config import nearest
 from omni_cli.errors import UsageError
@@ -23,6 +23,8 @@ class RecordingRef:
 
 class Source(Protocol):
     """What the stages ask of a reader."""
+
+    known_cameras: ClassVar[tuple[str, ...]]  # that a recording of this source can have
 
     def recordings(self) -> tuple[RecordingRef, ...]:
         """Return every recording, sorted by bundle and id; reads indices only.

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -27,6 +27,8 @@ _INDEX_EVENTS = frozenset(camera.index_event for camera in openpilot.CAMERAS.val
 
 class OpenpilotLogs:
     """A folder of routes, in any layout of comma's tools. One recording is one segment; its group is the route."""
+
+    known_cameras: ClassVar[tuple[str, ...]] = tuple(openpilot.CAMERAS)
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

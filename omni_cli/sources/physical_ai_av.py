@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from scipy.spatial.transform import Rotation
@@ -41,6 +42,8 @@ class _Entry:
 
 class PhysicalAiAv:
     """Reads one folder. Directories of chunk files and calibration tables are kept once read; it can be pickled."""
+
+    known_cameras: ClassVar[tuple[str, ...]] = tuple(layout.CAMERAS)
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)

@@ -1,4 +1,8 @@
-"""Recordings set aside: kept on disk, listed with a reason in `quarantine.json`, left out by every later stage."""
+"""Recordings set aside: kept on disk, listed with a reason in `quarantine.json`.
+
+Every stage that reads raw data leaves them out: `etl` lists them in its manifest, `infer` refuses them by their reason.
+Shards that were made before know nothing of the list: run etl again.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path

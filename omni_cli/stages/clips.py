@@ -6,11 +6,12 @@ from functools import partial
 from pathlib import Path
 
 from omni_cli.config import nearest
-from omni_cli.errors import UsageError
+from omni_cli.errors import DataError, UsageError
 from omni_cli.samples.preprocess import Preprocess
 from omni_cli.samples.views import MOSAIC
 from omni_cli.scene.recording import Recording
 from omni_cli.sources import open_source, source_names
+from omni_cli.sources.quarantine import QUARANTINE_FILE, read_quarantine
 from omni_cli.sources.video_file import video_recording
 from omni_cli.stages import locate
 
@@ -39,6 +40,7 @@ def find_clips(
 
     Raises:
         UsageError: nothing is named, a file or recording is not there, or a camera is missing.
+        DataError: a recording is in quarantine.
     """
     if bool(words) == bool(cameras):
         raise UsageError("name clips, or the views of one drive with --camera NAME=FILE for each; not both, nor none")
@@ -91,11 +93,20 @@ def _recording_clip(recording_id: str, preprocess: Preprocess, data: Path, *, ti
     for source, folder in _raw_folders(data):
         reader = open_source(source, folder)
         if any(ref.id == recording_id for ref in reader.recordings()):
+            _check_not_set_aside(recording_id, folder)
             return Clip(recording_id, partial(reader.open, recording_id, preprocess.cameras))
     raise UsageError(
         f"no video file {recording_id}, and no recording of that id under {data}; "
         "give a clip such as clip.mp4, or an id that `omni audit` lists"
     )
+
+
+def _check_not_set_aside(recording_id: str, folder: Path) -> None:
+    if reason := read_quarantine(folder).get(recording_id):
+        raise DataError(
+            f"{recording_id} is in quarantine: {reason}; mend it and delete its line from {folder / QUARANTINE_FILE}, "
+            "or ask about another recording"
+        )
 
 
 def _raw_folders(data: Path) -> list[tuple[str, Path]]:

@@ -33,7 +33,8 @@ from omni_cli.stages.train import TrainRequest, train
 PROFILE = "cpu-tiny"
 Base = Literal["tiny", "smollm2"]
 _STEPS = {"tiny": 12, "smollm2": 13}
-_ADAPTER_STEPS = {"tiny": 400, "smollm2": 200}
+_ADAPTER_RUNS = {"tiny": "adapter", "smollm2": "adapter-smollm2"}  # both fit in one folder
+_ADAPTER_STEPS = {"tiny": 400, "smollm2": 150}
 _ADAPTER_RATES = {"tiny": 2e-3, "smollm2": 1e-3}
 # Many short drives: with few, a model learns what each looks like instead of how it moves (measured).
 DRIVES = SyntheticSpec(clips_per_chunk=10, seconds=1.2, fps=10, width_px=96, height_px=54, clutter=0.2)
@@ -91,11 +92,12 @@ def demo(make_recipe: RecipeMaker, request: DemoRequest, console: Console) -> di
     adapted = seeing.final if request.base == "tiny" else _give_language(base, seeing, request, story)
     adapter = make_recipe(adapter_settings(request, adapted))
     adapter_data = _drives(request, "b", request.chunks // 2, story)
-    adapter_eval = _learn(adapter, adapter_data, request, "adapter", story)
-    made = _use(adapter, runs.open_finished(runs_folder / "adapter"), adapter_data, request, story)
-    for name, report, recipe in (("base", base_eval, base), ("adapter", adapter_eval, adapter)):
+    name = _ADAPTER_RUNS[request.base]
+    adapter_eval = _learn(adapter, adapter_data, request, name, story)
+    made = _use(adapter, runs.open_finished(runs_folder / name), adapter_data, request, story)
+    for run_name, report, recipe in (("base", base_eval, base), (name, adapter_eval, adapter)):
         console.table(
-            f"{name}: {report['windows']} windows of {report['recordings']} drives it never saw",
+            f"{run_name}: {report['windows']} windows of {report['recordings']} drives it never saw",
             *table_of(report, recipe.quantities),
         )
     minutes = (time.monotonic() - started) / 60
@@ -135,6 +137,7 @@ def adapter_settings(request: DemoRequest, base: Path) -> dict[str, Any]:
 _WHY = {
     "base": "a small model learns from nothing to read its speed from pictures",
     "adapter": "LoRA teaches it the other car and the longer answer; the base stays as it is",
+    "adapter-smollm2": "LoRA and a new merger teach SmolLM2 to see, the other car, and the longer answer",
 }
 
 
@@ -188,7 +191,7 @@ def _use(recipe: Any, run: runs.Run, data: Path, request: DemoRequest, story: _S
     clip = _held_out_recording(run)
     with story.tell("infer", "what it says of one drive that it never saw, drawn over the pictures"):
         subject = subject_of_run(run)
-        asked = InferRequest((clip,), data=data, out=request.folder / "infer", overlay=True)
+        asked = InferRequest((clip,), data=data, out=request.folder / "infer" / run.name, overlay=True)
         answers = infer(recipe, subject, asked, console)
     with story.tell("bench", "how fast each part is on this machine"):
         timed = bench(recipe, BenchRequest(None, data, run.folder.parent, PROFILE), console)

@@ -3,12 +3,15 @@
 Every step finishes only what its receipts do not say is done, so that the whole can be killed and run again.
 """
 
-from dataclasses import dataclass, fields
+import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, field_validator
 
 from omni_cli.config import Settings
-from omni_cli.errors import DataError
+from omni_cli.errors import DataError, UsageError
 from omni_cli.report import Console
 from omni_cli.stages import runs
 from omni_cli.stages.audit import AuditRequest, audit
@@ -17,26 +20,42 @@ from omni_cli.stages.evaluate import EvalRequest, evaluate
 from omni_cli.stages.fetch import FetchRequest, SyntheticSpec, camera_names, fetch
 from omni_cli.stages.train import TrainRequest, train
 
+_SYNTHETIC_CHUNKS = "2"  # where nothing is asked for
+
+
+def _chunks_text(value: Any) -> Any:
+    return str(value) if type(value) is int else value  # `chunks = 2`, but never `true`
+
+
+def _comma_list(value: Any) -> Any:
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
 
 class FetchSettings(Settings):
     """The `[fetch]` table of a pipeline's TOML file: `omni fetch` with the same words."""
 
     source: str = "synthetic"
-    chunks: str | None = "2"
-    clips: tuple[str, ...] = ()
+    chunks: Annotated[str | None, BeforeValidator(_chunks_text)] = None
+    clips: Annotated[tuple[str, ...], BeforeValidator(_comma_list)] = ()
     cameras: str | None = None
-    origin: str | None = None  # `--from`
+    origin: str | None = Field(None, alias="from")
     max_gb: float = 150.0
-    workers: int = 12
+    workers: int = Field(12, ge=1)
     revision: str | None = None
-    seed: int = 0
-    clips_per_chunk: int = 4
+    seed: int = Field(0, ge=0)
+    clips_per_chunk: int = Field(4, ge=1)
     seconds: float = 20.0
-    fps: int = 30
-    width_px: int = 320
-    height_px: int = 180
+    fps: int = Field(30, ge=1)
+    size: str = "320x180"
     rig: str = "mixed"
     clutter: float = 1.0
+
+    @field_validator("size")
+    @classmethod
+    def _is_size(cls, size: str) -> str:
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", size):
+            raise ValueError('expected "WIDTHxHEIGHT" in pixels, such as "320x180"')
+        return size
 
 
 @dataclass(frozen=True)
@@ -79,17 +98,27 @@ def pipeline(recipe: Any, request: PipelineRequest, console: Console) -> dict[st
 
 
 def fetch_request(settings: FetchSettings, data: Path) -> FetchRequest:
-    """Return what `omni fetch` would be asked for."""
-    world = {field.name: getattr(settings, field.name) for field in fields(SyntheticSpec) if field.name != "cameras"}
+    """Return what `omni fetch` would be asked for.
+
+    Raises:
+        UsageError: both chunks and clips are asked for, or a camera is unknown.
+    """
+    if settings.chunks and settings.clips:
+        raise UsageError("[fetch] holds both chunks and clips; keep one of them")
+    width_px, height_px = map(int, settings.size.split("x"))
+    world = SyntheticSpec(
+        settings.seed, settings.clips_per_chunk, settings.seconds, settings.fps, width_px, height_px,
+        rig=settings.rig, clutter=settings.clutter,
+    )  # fmt: skip
     return FetchRequest(
         source=settings.source,
         data=data,
-        chunks=settings.chunks if not settings.clips else None,
+        chunks=settings.chunks or (_SYNTHETIC_CHUNKS if settings.source == "synthetic" else None),
         clips=settings.clips,
         cameras=camera_names(settings.cameras) if settings.cameras else (),
         origin=Path(settings.origin) if settings.origin else None,
         max_gb=settings.max_gb,
         workers=settings.workers,
         revision=settings.revision,
-        synthetic=SyntheticSpec(**world),
+        synthetic=world,
     )

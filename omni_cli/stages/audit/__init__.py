@@ -74,7 +74,8 @@ def audit(request: AuditRequest, console: Console) -> dict[str, Any]:
     counts = "{audited} audited, {refused} refused, {quarantined} in quarantine, {warned} with warnings".format(
         **result
     )
-    console.say(f"{request.path}: {counts}")
+    tell = console.warn if result["refused"] else console.say  # an exit code of 3 is never silent
+    tell(f"{request.path}: {counts}")
     return {"path": str(request.path), "deep": request.deep, **result, "findings": [f.as_json() for f in findings]}
 
 

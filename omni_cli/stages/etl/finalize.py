@@ -42,7 +42,9 @@ def missing_units(job: Job, plan: Plan) -> list[Unit]:
 
 
 def finalize(job: Job, plan: Plan) -> Manifest:
-    """Publish the manifest of a shard set whose every unit is done or refused; an equal one is left untouched.
+    """Publish the manifest of a shard set whose every unit is done or refused, and some are done.
+
+    A manifest that is equal is left untouched.
 
     Raises:
         DataError: a drive lies in train and in val.

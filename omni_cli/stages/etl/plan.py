@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from omni_cli import __version__
+from omni_cli.config import nearest
 from omni_cli.errors import DataError, UsageError
 from omni_cli.files import hash_json
 from omni_cli.recipe import Sampled, SplitSettings
@@ -60,7 +61,13 @@ class Job:
 
 
 def make_job(recipe: Sampled, preprocess: Preprocess, source: str, reader: Source, raw: Path) -> Job:
-    """Return the job of a recipe on raw data; its output folder is still to be chosen."""
+    """Return the job of a recipe on raw data; its output folder is still to be chosen.
+
+    Raises:
+        UsageError: the source has no such camera.
+    """
+    if unknown := [name for name in preprocess.cameras if name not in reader.known_cameras]:
+        raise UsageError(f"no camera {unknown[0]!r} in {source} data; {nearest(unknown[0], reader.known_cameras)}")
     tables = {"sample": recipe.sample.model_dump(mode="json"), "split": recipe.split.model_dump(mode="json")}
     columns = tuple(str(column) for column in recipe.target_columns())
     name = type(recipe).__name__.lower()

@@ -10,13 +10,14 @@ from omni_cli.recipe import Sampled, require
 from omni_cli.report import Console
 from omni_cli.samples.shards import Manifest, ShardSet
 from omni_cli.samples.splits import SPLITS
+from omni_cli.scene.clock import check_rate
 from omni_cli.stages.etl.dry_run import dry_run
 from omni_cli.stages.etl.estimate import check_space, estimate
 from omni_cli.stages.etl.finalize import current_manifest, finalize, is_done, missing_units
 from omni_cli.stages.etl.plan import Job, Plan, Unit
 from omni_cli.stages.etl.request import EtlRequest, prepare
 from omni_cli.stages.etl.sidecar import ensure_sidecar
-from omni_cli.stages.etl.unit import UnitResult, refuse, run_unit
+from omni_cli.stages.etl.unit import UnitResult, refusal, refuse, run_unit
 from omni_cli.stages.pool import Outcome, run_pool
 
 _UNIT_TIMEOUT_S = 1800.0
@@ -34,11 +35,12 @@ def etl(recipe: Any, request: EtlRequest, console: Console) -> dict[str, Any]:
         The shard folder and what was made, kept, dropped and refused.
 
     Raises:
-        UsageError: there is no raw data, or the folder holds shards of other settings.
+        UsageError: there is no raw data, the rate cannot be, or the folder holds shards of other settings.
         DataError: too many recordings are refused, or none is left.
         OmniError: the disk is too small, or failed.
     """
     sampled: Sampled = require(recipe, Sampled)  # type: ignore[type-abstract]  # a protocol names the capability
+    check_rate(sampled.sample.rate_hz)
     if request.dry_run:
         return dry_run(sampled, request, console)
     job, plan = prepare(sampled, sampled.preprocess(), request)
@@ -51,6 +53,7 @@ def etl(recipe: Any, request: EtlRequest, console: Console) -> dict[str, Any]:
     if waiting := missing_units(job, plan):
         console.say(f"{len(waiting)} recordings are left to the other shares; the last one to end writes the manifest")
         return {"shards": str(job.out), "finished": False, "waiting": len(waiting), **counts}
+    _check_refused(job, plan.units, request.max_refused)  # those of the other shares too
     manifest = finalize(job, plan)
     _say_result(manifest, plan, console)
     sidecar = ensure_sidecar(ShardSet(job.out, manifest), recipe, console)
@@ -93,12 +96,12 @@ def _result(job: Job, outcome: Outcome[Unit, UnitResult]) -> UnitResult:
 
 
 def _check_refused(job: Job, units: tuple[Unit, ...], max_refused: float) -> None:
-    done = sum(is_done(job, unit) for unit in units)
-    refused = len(units) - done
-    if refused > max_refused * len(units) or (units and not done):
+    refused = [unit for unit in units if not is_done(job, unit)]
+    if len(refused) > max_refused * len(units) or (units and len(refused) == len(units)):
+        first = f"{refused[0].recording_id}: {refusal(job, refused[0])}"
         raise DataError(
-            f"{refused} of {len(units)} recordings were refused, more than the {max_refused:.0%} allowed; "
-            "look at the reasons above, and audit the data with: omni audit"
+            f"{len(refused)} of {len(units)} recordings were refused, more than the {max_refused:.0%} allowed; "
+            f"the first is {first}; audit the data with: omni audit"
         )
 
 
