@@ -392,6 +392,9 @@ def test_shards_must_agree_with_their_manifest(tmp_path):
 def test_nothing_to_audit_names_fetch(tmp_path):
     with pytest.raises(UsageError, match=r"no folder .*omni fetch"):
         run(tmp_path / "nowhere")
+    (tmp_path / "note.mp4").touch()
+    with pytest.raises(UsageError, match=r"note\.mp4: is a file; audit a folder"):
+        run(tmp_path / "note.mp4")
     with pytest.raises(DataError, match=r"holds no raw data, shards or runs.*omni fetch"):
         run(tmp_path)
     with pytest.raises(UsageError, match="unknown camera 'camera_front_wide'; did you mean 'camera_front_wide_120fov'"):

@@ -279,6 +279,8 @@ def test_raw_data_are_found_or_the_way_to_get_them_is_told(data, tmp_path):
         raw_folder(tmp_path / "absent", None)
     with pytest.raises(UsageError, match="raw: holds openpilot, not physical_ai_av; get it with: omni fetch"):
         raw_folder(data, "physical_ai_av")
+    with pytest.raises(UsageError, match="unknown source 'openpylot'; did you mean 'openpilot'"):
+        raw_folder(data, "openpylot")
     with pytest.raises(UsageError, match="holds no raw data and is no known layout"):
         raw_folder(tmp_path, None)
     with pytest.raises(UsageError, match="shards: holds no finished shards; make some with: omni etl"):

@@ -199,6 +199,9 @@ def test_an_absent_empty_unfinished_or_cut_folder_is_one_line_with_the_command(s
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"empty, it has no manifest\.json; finish it with: omni etl --out .*empty"):
         open_shards(tmp_path / "empty")
+    (tmp_path / "empty" / "other.txt").touch()
+    with pytest.raises(DataError, match=r"empty: is no shard folder, it has no manifest\.json"):
+        open_shards(tmp_path / "empty")
     path = windows_path(shards, "a")
     content = path.read_bytes()
     path.write_bytes(content[:-1])

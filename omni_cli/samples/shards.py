@@ -235,6 +235,8 @@ def open_shards(folder: Path) -> ShardSet:
         raise UsageError(f"no shard folder {folder}; make one with: omni etl --out {folder}")
     path = folder / MANIFEST_FILE
     if not path.is_file():
+        if any(folder.iterdir()) and not (folder / "recordings").is_dir():
+            raise DataError(f"{folder}: is no shard folder, it has no {MANIFEST_FILE}; shards are made by: omni etl")
         state = "unfinished" if (folder / "recordings").is_dir() else "empty"
         raise DataError(f"{folder}: {state}, it has no {MANIFEST_FILE}; {_REMAKE.format(folder)}")
     if verified_receipt(path) is None:

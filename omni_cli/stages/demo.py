@@ -32,7 +32,7 @@ from omni_cli.stages.train import TrainRequest, train
 
 PROFILE = "cpu-tiny"
 Base = Literal["tiny", "smollm2"]
-_STEPS = {"tiny": 12, "smollm2": 13}
+_STEPS = {"tiny": 14, "smollm2": 15}
 _ADAPTER_RUNS = {"tiny": "adapter", "smollm2": "adapter-smollm2"}  # both fit in one folder
 _ADAPTER_STEPS = {"tiny": 400, "smollm2": 150}
 _ADAPTER_RATES = {"tiny": 2e-3, "smollm2": 1e-3}

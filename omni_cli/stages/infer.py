@@ -185,7 +185,8 @@ class Asker:
             span = f"{window.start_us / 1e6:.1f} .. {window.end_us / 1e6:.1f} s"
             truth = f"  ({caption('truth', answer.truth, quantities)})" if answer.truth else ""
             self.console.say(f"{name} {span}  {caption('model', answer.prediction.values, quantities)}{truth}")
-        self.console.say(f"{len(answers)} answers in {path}")
+        shown = f", the first {_LINES_SHOWN} of them above" if len(answers) > _LINES_SHOWN else ""
+        self.console.say(f"{len(answers)} answers in {path}{shown}")
 
 
 def _load(recipe: Inferable, subject: Subject, request: InferRequest, console: Console) -> BuiltModel:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from omni_cli.config import nearest
 from omni_cli.errors import UsageError
 from omni_cli.formats.openpilot import parse_segment_file
 from omni_cli.formats.physical_ai_av import CLIP_INDEX_FILE, FEATURES_FILE
@@ -19,8 +20,10 @@ def raw_folder(data: Path, source: str | None) -> tuple[str, Path]:
         source: which one; None takes the only one, or the newest.
 
     Raises:
-        UsageError: it is not there; the message says what is, and how to get it.
+        UsageError: it is not there, or no source; the message says what is, and how to get it.
     """
+    if source not in (None, *source_names()):
+        raise UsageError(f"unknown source {source!r}; {nearest(str(source), source_names())}")
     if not data.is_dir():
         raise UsageError(f"no data folder {data}; {_fetch_hint(source)}")
     raw = data / "raw"

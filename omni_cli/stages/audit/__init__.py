@@ -87,6 +87,8 @@ def _require_known(cameras: tuple[str, ...] | None) -> None:
 
 def _targets(path: Path) -> list[tuple[str, Path]]:
     """Return (kind, folder) of all that can be audited: a source's name, `shards` or `artefacts`."""
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path}: is a file; audit a folder of raw data, shards, runs or exports")
     if not path.is_dir():
         raise UsageError(f"no folder {path} to audit; {_FETCH}")
     inside = [path / name for name in _DATA_FOLDERS if (path / name).is_dir()] or [path]
