@@ -115,12 +115,13 @@ def test_five_kills(tmp_path, shards, family, mode, schedule) -> None:
     check_killed_equals_undisturbed(tmp_path, shards[family], (family, mode, schedule), kills)
 
 
-def test_sigterm_saves_and_says_run_again(tmp_path, shards) -> None:
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_sigterm_and_ctrl_c_save_what_was_learned(tmp_path, shards, sent, code) -> None:
     process = start(tmp_path, shards["qwen2_5_vl"], "qwen2_5_vl", "full", "cosine")
     while not list((tmp_path / "r" / "checkpoints").glob("checkpoint-*")):
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait() == 75
+    process.send_signal(sent)
+    assert process.wait() == code
     run_key = runs.open_run(tmp_path / "r").manifest.key()
     assert 3 <= checkpoints.find_start(tmp_path / "r" / "checkpoints", run_key).step < STEPS
 

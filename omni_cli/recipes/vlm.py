@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -105,15 +105,13 @@ class Vlm(Settings):
 
     def tokenizer(self, preprocess: Preprocess) -> Any:
         """Return the base model's tokenizer; a tiny model's is made from the recipe's sentences."""
-        if families.is_tiny(self.model):
-            return tiny.tiny_tokenizer(prompts.sample_sentences(preprocess))
-        return qwen_vl.load_tokenizer(self.model)
+        return _make_tokenizer(self.model, tuple(prompts.sample_sentences(preprocess)))
 
     def sidecar_key(self, preprocess: Preprocess) -> str:
         """Return the hash of everything that token ids depend on."""
         facts = {
             "format": _SIDECAR_FORMAT,
-            "tokenizer": self.tokenizer(preprocess).backend_tokenizer.to_str(),
+            "tokenizer": self._encoder(preprocess).backend_tokenizer.to_str(),
             "preprocess": preprocess.model_dump(mode="json"),
             "time_step": self._time_step(preprocess),
         }
@@ -121,7 +119,7 @@ class Vlm(Settings):
 
     def encode_windows(self, windows: pa.Table, preprocess: Preprocess) -> pa.Table:
         """Return input_ids, labels and position_ids of each window."""
-        tokenizer, time_step = self.tokenizer(preprocess), self._time_step(preprocess)
+        tokenizer, time_step = self._encoder(preprocess), self._time_step(preprocess)
         rows = [_encode(row, preprocess, tokenizer, time_step) for row in windows.to_pylist()]
         return pa.Table.from_pylist(rows, schema=SIDECAR)
 
@@ -302,6 +300,9 @@ class Vlm(Settings):
 
     # -- inside
 
+    def _encoder(self, preprocess: Preprocess) -> Any:
+        return _kept_tokenizer(self.model, tuple(prompts.sample_sentences(preprocess)))
+
     def _features(self, model: nn.Module, canvases: Tensor, preprocess: Preprocess) -> Any:
         windows = len(canvases)
         if self.train.blind:
@@ -336,6 +337,14 @@ def camera_names(text: str) -> tuple[str, ...]:
     if not 1 <= len(names) <= _MAX_CAMERAS:
         raise UsageError(f"cameras {text!r}: expected {', '.join(CAMERA_SETS)}, or 1 to 9 names with commas")
     return names
+
+
+def _make_tokenizer(model: str, sentences: tuple[str, ...]) -> Any:
+    return tiny.tiny_tokenizer(sentences) if families.is_tiny(model) else qwen_vl.load_tokenizer(model)
+
+
+# To load one takes longer than to encode a recording. It is never given away: a trainer changes its own.
+_kept_tokenizer = lru_cache(maxsize=2)(_make_tokenizer)
 
 
 def _vision_grid(family: families.VisionFamily) -> VisionGrid:

@@ -288,7 +288,7 @@ def _manifest(recipe: Any, shards: ShardSet, profile: str) -> runs.RunManifest:
         settings=recipe.model_dump(mode="json"),
         preprocess=shards.manifest.preprocess,
         shards=runs.ShardsUsed(
-            folder=str(shards.folder),
+            folder=str(shards.folder.absolute()),
             fingerprint=shards.manifest.fingerprint,
             split_rule=shards.manifest.split_rule,
         ),

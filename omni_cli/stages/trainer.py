@@ -236,7 +236,8 @@ class StopOnSignal(TrainerCallback):
     def __init__(self, console: Console) -> None:
         self.signal: int | None = None
         self._console = console
-        self._previous = {each: signal.signal(each, self._note) for each in (signal.SIGTERM, signal.SIGINT)}
+        heard = [each for each in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(each) is not signal.SIG_IGN]
+        self._previous = {each: signal.signal(each, self._note) for each in heard}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == self.signal == signal.SIGINT:

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from omni_cli.__main__ import INTERRUPTED
 from omni_cli.errors import OmniError
 from omni_cli.stages.train import TrainRequest, train
 from tests.support.pipeline import QUIET, kill_recipe
@@ -14,3 +15,5 @@ if __name__ == "__main__":
         train(recipe, TrainRequest(Path(shards), Path(runs), Path(runs), "r", "t"), QUIET)
     except OmniError as error:
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
