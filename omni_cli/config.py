@@ -138,6 +138,11 @@ def differences(old: Settings, new: Settings) -> list[str]:
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
 
 
+def comma_list(text: str) -> tuple[str, ...]:
+    """Split `A,B` into its parts; of nothing an empty tuple."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
 def nearest(word: str, known: typing.Iterable[str]) -> str:
     """Return ` Did you mean 'x'?`, or the list of what is known where nothing is near."""
     options = sorted(known)

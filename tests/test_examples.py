@@ -118,7 +118,7 @@ def test_train_stopped_by_sigterm_exits_with_75_and_other_settings_are_refused(f
             "fetch --source synthetic",
             "the synthetic world is asked for by chunks: omni fetch --source synthetic --chunks 2",
         ),
-        ("fetch --source synthetic --chunks 2 --size big", "--size big: expected WIDTHxHEIGHT in pixels"),
+        ("fetch --source synthetic --chunks 2 --size big", "size big: expected WIDTHxHEIGHT in pixels"),
         ("fetch --source synthetik --chunks 2", "cannot fetch 'synthetik'; did you mean 'synthetic'?"),
         ("fetch --source synthetic --chunks 2 --cameras 5-cam", "unknown camera '5-cam'; did you mean '"),
         ("audit nowhere", "no folder nowhere to audit; get data first"),

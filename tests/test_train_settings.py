@@ -1,5 +1,7 @@
 """What a training refuses before it touches anything: a name that leads elsewhere, others' folders, wrong settings."""
 
+import re
+import shlex
 from functools import cached_property
 from pathlib import Path
 
@@ -149,3 +151,24 @@ def test_that_the_other_gpus_stay_idle_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     train(recipe, TrainRequest(made.shards, tmp_path, tmp_path, "r", "test"), Console())
     assert "training on one of 4 GPUs; CUDA_VISIBLE_DEVICES chooses which" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_no_number_is_never_replaced_by_another(tmp_path):
+    """The Trainer would log the mean of the losses that are numbers in its place, and train on."""
+    arguments = trainer_arguments(tmp_path, tiny_recipe(), steps=1)
+    assert not arguments.logging_nan_inf_filter
+
+
+def test_the_command_that_a_refusal_prints_makes_shards_that_fit(tmp_path, monkeypatch, capsys):
+    write_synthetic(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    tiny = ["--profile", "cpu-tiny", "--quiet"]
+    assert run(["etl", *tiny, "--window", "4", "--workers", "0"]) == 0
+    wanted = {"window": 3, "cameras": "1-cam", "canvas_px": 168, "aspect": 1.5, "labels": "speed", "past_speed": "true"}
+    other = [word for key, value in wanted.items() for word in ("--set", f"sample.{key}={value}")]
+    train_line = ["train", *tiny, *other, "--set", "train.max_steps=1"]
+    capsys.readouterr()
+    assert run(train_line) == 2
+    remedy = re.search(r"make fitting ones: omni (.*), or name others", capsys.readouterr().err)[1]
+    assert run([*shlex.split(remedy), "--workers", "0", "--quiet"]) == 0
+    assert run(train_line) == 0

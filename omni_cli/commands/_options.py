@@ -44,11 +44,6 @@ RunOption = Annotated[
 ]
 
 
-def comma_list(text: str | None) -> tuple[str, ...]:
-    """Split `A,B` into its parts; nothing given is an empty tuple."""
-    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
-
-
 def named_files(texts: Sequence[str]) -> dict[str, Path]:
     """Read `NAME=FILE` texts.
 
@@ -65,18 +60,6 @@ def named_files(texts: Sequence[str]) -> dict[str, Path]:
     if len(named) < len(texts):
         raise UsageError("--camera: a camera is named twice; give one file for each")
     return named
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """Read `320x180` as (width, height) in pixels.
-
-    Raises:
-        UsageError: it is not two whole numbers with an x between.
-    """
-    width, _, height = text.partition("x")
-    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
-        raise UsageError(f"--size {text}: expected WIDTHxHEIGHT in pixels, for example --size 320x180")
-    return int(width), int(height)
 
 
 def parse_share(text: str | None) -> tuple[int, int] | None:

@@ -36,7 +36,9 @@ def command(
     stride: Annotated[int | None, typer.Option(help="Frames between the starts of two windows.")] = None,
     rate_hz: Annotated[float | None, typer.Option(help="Frames a second.")] = None,
     canvas: Annotated[int | None, typer.Option(metavar="PX", help="Width of the tiled canvas.")] = None,
-    labels: Annotated[str | None, typer.Option(metavar="NAME", help="What the answers tell: ego-motion.")] = None,
+    labels: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What the answers tell: ego-motion or speed.")
+    ] = None,
     split: Annotated[
         str | None, typer.Option(metavar="hash|time|FILE", help="How windows to train on and to measure on are parted.")
     ] = None,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from omni_cli.commands._options import DATA, Cameras, Data, DryRun, Json, Quiet, comma_list, parse_size
+from omni_cli.commands._options import DATA, Cameras, Data, DryRun, Json, Quiet
 
 EXAMPLE = "omni fetch --source synthetic --chunks 2"
 
@@ -44,14 +44,15 @@ def command(
 
     From the hub, from a folder (--from), or drawn by the synthetic world. Run again, it fetches what is missing.
     """
+    from omni_cli.config import comma_list
     from omni_cli.report import Console
-    from omni_cli.stages.fetch import FetchRequest, SyntheticSpec, camera_names, fetch
+    from omni_cli.stages.fetch import FetchRequest, SyntheticSpec, camera_names, fetch, parse_size
 
     console = Console(quiet=quiet, json_output=json)
     names = camera_names(cameras) if cameras else ()
     world = SyntheticSpec(seed, clips_per_chunk, seconds, fps, *parse_size(size), rig=rig, clutter=clutter)
     request = FetchRequest(
-        source=source, data=data, chunks=chunks, clips=comma_list(clips), cameras=names, origin=origin,
+        source=source, data=data, chunks=chunks, clips=comma_list(clips or ""), cameras=names, origin=origin,
         max_gb=max_gb, workers=workers, revision=revision, dry_run=dry_run, synthetic=world,
     )  # fmt: skip
     console.finish(fetch(request, console))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.polynomial.polynomial import polyval
 
+from omni_cli.config import comma_list
 from omni_cli.scene.cameras import FTheta
 
 REPOSITORY = "nvidia/PhysicalAI-Autonomous-Vehicles"
@@ -48,8 +49,7 @@ CAMERA_SETS = {
 
 def expand_cameras(text: str) -> tuple[str, ...]:
     """Return the names in a comma list of cameras and camera sets; each once, in order."""
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    return tuple(dict.fromkeys(name for word in words for name in CAMERA_SETS.get(word, (word,))))
+    return tuple(dict.fromkeys(name for word in comma_list(text) for name in CAMERA_SETS.get(word, (word,))))
 
 
 _LABELS = ("egomotion", "egomotion.offline", "obstacle.offline")

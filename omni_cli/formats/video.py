@@ -82,7 +82,14 @@ def probe(video: bytes, name: str) -> VideoInfo:
 
 
 def decode(
-    video: bytes, name: str, indices: Sequence[int], *, width_px: int, height_px: int, decoder: Decoder = "pyav"
+    video: bytes,
+    name: str,
+    indices: Sequence[int],
+    *,
+    width_px: int,
+    height_px: int,
+    decoder: Decoder = "pyav",
+    info: VideoInfo | None = None,
 ) -> Iterator[tuple[int, Uint8Array]]:
     """Yield (index, picture) for each wanted frame, in ascending order, scaled to the given size.
 
@@ -93,6 +100,7 @@ def decode(
         width_px: width of the pictures.
         height_px: height of the pictures.
         decoder: which library decodes and scales.
+        info: what `probe` said of this video, where it was asked before.
 
     Yields:
         The index and a (height, width, 3) uint8 RGB picture.
@@ -100,10 +108,8 @@ def decode(
     Raises:
         DataError: the video is damaged, or ends before the last wanted frame.
     """
-    if decoder == "torchcodec":
-        yield from _decode_torchcodec(video, name, indices, width_px, height_px)
-    else:
-        yield from _decode_pyav(video, name, indices, width_px, height_px)
+    decode_by = _decode_torchcodec if decoder == "torchcodec" else _decode_pyav
+    yield from decode_by(video, name, info or probe(video, name), indices, (width_px, height_px))
 
 
 def decode_only(video: bytes, name: str) -> int:
@@ -201,16 +207,15 @@ def _hevc_picture_type(packet: av.Packet) -> int | None:
 
 
 def _decode_pyav(
-    video: bytes, name: str, indices: Sequence[int], width_px: int, height_px: int
+    video: bytes, name: str, info: VideoInfo, indices: Sequence[int], size_px: tuple[int, int]
 ) -> Iterator[tuple[int, Uint8Array]]:
-    info = probe(video, name)
     wanted = iter(indices)
     target = next(wanted, None)
     try:
         with _open(video) as container:
             stream = _video_stream(container, name)
             stream.thread_type = "NONE"
-            graph = _scaler(stream, width_px, height_px)
+            graph = _scaler(stream, *size_px)
             for position, frame in _numbered(container.decode(stream), info, name):
                 if target is None:
                     return
@@ -248,9 +253,8 @@ def _scaler(stream: av.VideoStream, width_px: int, height_px: int) -> av.filter.
 
 
 def _decode_torchcodec(
-    video: bytes, name: str, indices: Sequence[int], width_px: int, height_px: int
+    video: bytes, name: str, info: VideoInfo, indices: Sequence[int], size_px: tuple[int, int]
 ) -> Iterator[tuple[int, Uint8Array]]:
-    info = probe(video, name)
     if indices and indices[-1] >= info.num_frames:
         raise DataError(f"{name}: ends before frame {indices[-1]}; the video is shorter than its timestamps")
     if not info.pts:
@@ -262,7 +266,7 @@ def _decode_torchcodec(
             plain.content,
             dimension_order="NHWC",
             seek_mode="exact",
-            transforms=[codec.transforms.Resize((height_px, width_px))],
+            transforms=[codec.transforms.Resize(size_px[::-1])],
         )
         for start in range(0, len(indices), 32):
             block = list(indices[start : start + 32])

@@ -138,6 +138,5 @@ def _take_language(model: Any, llama: LlamaForCausalLM) -> None:
 
 def _take_tower(model: Any, seeing: Any) -> None:
     """Copy every layer of the tower but the last, which leads into a language model that is not there any more."""
-    theirs = seeing.model.visual.state_dict()
-    kept = {name: weight for name, weight in theirs.items() if not name.startswith(_LAST_LAYER)}
-    model.model.visual.load_state_dict(kept, strict=False)
+    new = {name: weight for name, weight in model.model.visual.state_dict().items() if name.startswith(_LAST_LAYER)}
+    model.model.visual.load_state_dict(seeing.model.visual.state_dict() | new)

@@ -198,7 +198,7 @@ def decode_camera(
     if not is_mosaic:
         width, height = fit_in_cell(info.width_px, info.height_px, preprocess)
     wanted = [int(index) for index in frames]
-    decoded = decode(video, name, wanted, width_px=width, height_px=height, decoder=preprocess.decoder)
+    decoded = decode(video, name, wanted, width_px=width, height_px=height, decoder=preprocess.decoder, info=info)
     return width, height, decoded
 
 

@@ -87,7 +87,7 @@ def _pictures(
     info = probe(video, stream.name)
     height = max(round(WIDTH_PX * info.height_px / info.width_px / 2), 1) * 2  # H.264 wants even sides
     frames = sorted({one.frame for one in shown})
-    decoded = decode(video, stream.name, frames, width_px=WIDTH_PX, height_px=height, decoder=decoder)
+    decoded = decode(video, stream.name, frames, width_px=WIDTH_PX, height_px=height, decoder=decoder, info=info)
     index, picture = -1, np.zeros((height, WIDTH_PX, 3), dtype=np.uint8)
     for one in shown:
         while index < one.frame:  # a slow camera shows one frame at several instants

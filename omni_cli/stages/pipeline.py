@@ -3,21 +3,20 @@
 Every step finishes only what its receipts do not say is done, so that the whole can be killed and run again.
 """
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field
 
-from omni_cli.config import Settings
+from omni_cli.config import Settings, comma_list
 from omni_cli.errors import DataError, UsageError
 from omni_cli.report import Console
 from omni_cli.stages import runs
 from omni_cli.stages.audit import AuditRequest, audit
 from omni_cli.stages.etl import EtlRequest, etl
 from omni_cli.stages.evaluate import EvalRequest, evaluate
-from omni_cli.stages.fetch import FetchRequest, SyntheticSpec, camera_names, fetch
+from omni_cli.stages.fetch import FetchRequest, SyntheticSpec, camera_names, fetch, parse_size
 from omni_cli.stages.train import TrainRequest, train
 
 _SYNTHETIC_CHUNKS = "2"  # where nothing is asked for
@@ -27,8 +26,8 @@ def _chunks_text(value: Any) -> Any:
     return str(value) if type(value) is int else value  # `chunks = 2`, but never `true`
 
 
-def _comma_list(value: Any) -> Any:
-    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+def _clips(value: Any) -> Any:
+    return comma_list(value) if isinstance(value, str) else value
 
 
 class FetchSettings(Settings):
@@ -36,7 +35,7 @@ class FetchSettings(Settings):
 
     source: str = "synthetic"
     chunks: Annotated[str | None, BeforeValidator(_chunks_text)] = None
-    clips: Annotated[tuple[str, ...], BeforeValidator(_comma_list)] = ()
+    clips: Annotated[tuple[str, ...], BeforeValidator(_clips)] = ()
     cameras: str | None = None
     origin: str | None = Field(None, alias="from")
     max_gb: float = 150.0
@@ -49,13 +48,6 @@ class FetchSettings(Settings):
     size: str = "320x180"
     rig: str = "mixed"
     clutter: float = 1.0
-
-    @field_validator("size")
-    @classmethod
-    def _is_size(cls, size: str) -> str:
-        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", size):
-            raise ValueError('expected "WIDTHxHEIGHT" in pixels, such as "320x180"')
-        return size
 
 
 @dataclass(frozen=True)
@@ -74,8 +66,11 @@ def pipeline(recipe: Any, request: PipelineRequest, console: Console) -> dict[st
     """Go from nothing to a measured model.
 
     Raises:
+        UsageError: the run's name leads elsewhere.
         DataError: the audit refused data; it names the folder to look at.
     """
+    if request.run is not None:
+        runs.named_folder(request.runs, request.run)  # a bad name is said now, not after an hour of etl
     wanted = fetch_request(request.fetch, request.data)
     console.say(f"1/5 fetch: {wanted.source}")
     fetched = fetch(wanted, console)
@@ -101,13 +96,12 @@ def fetch_request(settings: FetchSettings, data: Path) -> FetchRequest:
     """Return what `omni fetch` would be asked for.
 
     Raises:
-        UsageError: both chunks and clips are asked for, or a camera is unknown.
+        UsageError: both chunks and clips are asked for, a camera is unknown, or the size is none.
     """
     if settings.chunks and settings.clips:
         raise UsageError("[fetch] holds both chunks and clips; keep one of them")
-    width_px, height_px = map(int, settings.size.split("x"))
     world = SyntheticSpec(
-        settings.seed, settings.clips_per_chunk, settings.seconds, settings.fps, width_px, height_px,
+        settings.seed, settings.clips_per_chunk, settings.seconds, settings.fps, *parse_size(settings.size),
         rig=settings.rig, clutter=settings.clutter,
     )  # fmt: skip
     return FetchRequest(

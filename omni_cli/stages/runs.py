@@ -40,7 +40,7 @@ _KEYS_OF_A_RUN = {"recipe", "settings", "shards", "base_fingerprint"}  # of run.
 class ShardsUsed(Settings):
     """Which shards a run learned from."""
 
-    folder: str  # as it was found; only the fingerprint counts
+    folder: str  # where they lay; only the fingerprint counts
     fingerprint: str
     split_rule: str
 

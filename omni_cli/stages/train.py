@@ -37,12 +37,16 @@ from omni_cli.stages.trainer import (
 
 _PIXEL_FIELDS = ("cameras", "columns", "canvas_width_px", "canvas_height_px", "num_frames", "rate_hz", "decoder")
 _TEXT_FIELDS = ("labels", "past_speed")
-_ETL_OPTIONS = {
-    "cameras": "--cameras",
-    "canvas_width_px": "--canvas",
-    "num_frames": "--window",
-    "rate_hz": "--rate-hz",
-    "labels": "--labels",
+_ETL_OPTIONS = {  # of the settings that these follow from
+    "cameras": "--cameras {sample.cameras}",
+    "canvas_width_px": "--canvas {sample.canvas_px}",
+    "canvas_height_px": "--set sample.aspect={sample.aspect}",
+    "num_frames": "--window {sample.window}",
+    "rate_hz": "--rate-hz {sample.rate_hz:g}",
+    "decoder": "--set sample.decoder={sample.decoder}",
+    "labels": "--labels {sample.labels}",
+    "past_speed": "--set sample.past_speed={past_speed}",
+    "vision": "--set model={model}",
 }
 
 
@@ -156,20 +160,18 @@ def check_fit(recipe: Any, shards: ShardSet, profile: str) -> Preprocess:
         UsageError: cameras, canvas or time grid differ; the message gives the right `omni etl` command.
     """
     found, wanted = shards.manifest.preprocess, recipe.preprocess()
-    for field in (*_PIXEL_FIELDS, *_TEXT_FIELDS, "vision"):
-        have, want = getattr(found, field), getattr(wanted, field)
-        if have != want:
-            raise UsageError(
-                f"shards {shards.folder} have {field} {_short(have)}, this recipe asks for {_short(want)}; make "
-                f"fitting ones: omni etl --profile {profile}{_etl_option(field, want)}, or name others with --shards"
-            )
+    fields = (*_PIXEL_FIELDS, *_TEXT_FIELDS, "vision")
+    if differ := [field for field in fields if getattr(found, field) != getattr(wanted, field)]:
+        have, want = _short(getattr(found, differ[0])), _short(getattr(wanted, differ[0]))
+        options = "".join(f" {_ETL_OPTIONS[field]}" for field in differ if field in _ETL_OPTIONS)
+        options = options.format(
+            sample=recipe.sample, model=recipe.model, past_speed=str(recipe.sample.past_speed).lower()
+        )
+        raise UsageError(
+            f"shards {shards.folder} have {differ[0]} {have}, this recipe asks for {want}; make fitting ones: "
+            f"omni etl --profile {profile}{options}, or name others with --shards"
+        )
     return found
-
-
-def _etl_option(field: str, want: Any) -> str:
-    """Return the option of etl that sets a field of the preprocessing, where there is one."""
-    option = _ETL_OPTIONS.get(field)
-    return f" {option} {_short(want)}" if option else ""
 
 
 def dry_run(recipe: Any, request: TrainRequest, console: Console) -> dict[str, Any]:

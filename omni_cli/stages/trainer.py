@@ -92,6 +92,7 @@ def trainer_arguments(folder: Path, recipe: Any, steps: int) -> Any:
         "save_steps": settings.save_steps,
         "save_total_limit": _CHECKPOINTS_KEPT,
         "logging_steps": settings.log_steps,
+        "logging_nan_inf_filter": False,  # it would put the mean of the others in place of a loss that is no number
         "dataloader_num_workers": settings.workers,
         "dataloader_pin_memory": on_gpu,
         "seed": settings.seed,

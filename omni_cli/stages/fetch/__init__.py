@@ -9,11 +9,11 @@ from omni_cli.stages.fetch.hub import fetch_hub
 from omni_cli.stages.fetch.imports import import_physical_ai_av
 from omni_cli.stages.fetch.openpilot import import_openpilot
 from omni_cli.stages.fetch.request import FetchRequest
-from omni_cli.stages.fetch.selection import camera_names
+from omni_cli.stages.fetch.selection import camera_names, parse_size
 from omni_cli.stages.fetch.synthetic import fetch_synthetic
 from omni_cli.world.clip import SyntheticSpec
 
-__all__ = ["FetchRequest", "SyntheticSpec", "camera_names", "fetch"]
+__all__ = ["FetchRequest", "SyntheticSpec", "camera_names", "fetch", "parse_size"]
 
 SOURCES = ("physical_ai_av", "synthetic", "openpilot")
 

@@ -25,6 +25,17 @@ def camera_names(text: str) -> tuple[str, ...]:
     return names
 
 
+def parse_size(text: str) -> tuple[int, int]:
+    """Read `320x180` as (width, height) in pixels.
+
+    Raises:
+        UsageError: it is not two whole numbers with an x between.
+    """
+    if not (match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)):
+        raise UsageError(f"size {text}: expected WIDTHxHEIGHT in pixels, for example 320x180")
+    return int(match[1]), int(match[2])
+
+
 def parse_chunks(text: str, known: Sequence[int]) -> tuple[int, ...]:
     """Return the chunk ids that `5` (the first five of `known`), `0-4` (inclusive) or `3,7` stands for.
 
