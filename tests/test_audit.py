@@ -324,16 +324,54 @@ def test_an_unfinished_shard_set_is_refused(tmp_path):
 
 def test_openpilot_segments_are_audited_from_their_data_folder(tmp_path):
     folder = tmp_path / "raw" / "openpilot" / routes.DONGLE
-    for number in (0, 1):
+    for number in (0, 2):  # 1 lacks, so that these are two recordings
         routes.write_segment(folder / f"{routes.LOG_ID}--{number}", segment=number)
     assert run(tmp_path, deep=True)["findings"] == []
-    (folder / f"{routes.LOG_ID}--1" / "qcamera.ts").write_bytes(routes.qcamera(routes.frame_times_us(30)))
+    (folder / f"{routes.LOG_ID}--2" / "qcamera.ts").write_bytes(routes.qcamera(routes.frame_times_us(30)))
     result = run(tmp_path, cameras=(pai.FRONT,))  # of another source: this one's own are audited
     assert (result["audited"], result["refused"]) == (2, 1)
-    bad = f"{routes.DONGLE}_{routes.LOG_ID}--1"
+    bad = f"{routes.DONGLE}_{routes.LOG_ID}--2"
     assert of_recording(result, "refuse", bad) == {("refused-by-reader", "")}
     assert run(tmp_path, quarantine=True)["refused"] == 0
     assert "holds 30 frames, the log lists 40" in read_quarantine(folder.parent)[bad]
+
+
+@pytest.mark.parametrize("damage", ["unreadable", "cannot be decoded"])
+def test_a_bad_segment_is_set_aside_without_its_neighbours(tmp_path, damage):
+    raw = tmp_path / "raw" / "openpilot"
+    video = routes.write_route(raw / routes.DONGLE, (20, 40, 20))[1] / "qcamera.ts"
+    assert (run(tmp_path, deep=True)["audited"], run(tmp_path)["findings"]) == (1, [])
+    whole = video.read_bytes()
+    if damage == "unreadable":
+        video.write_bytes(b"")
+    else:
+        video.write_bytes(with_a_bad_picture(whole))
+    result = run(tmp_path, deep=True, quarantine=True)
+    bad = f"{routes.DONGLE}_{routes.LOG_ID}--1"
+    assert (result["audited"], result["refused"], list(read_quarantine(raw))) == (1, 0, [bad])
+    again = run(tmp_path, deep=True)
+    assert (again["audited"], again["refused"], again["quarantined"]) == (3, 0, 1)
+    video.write_bytes(whole)
+    assert of_recording(run(tmp_path, deep=True), "warn", bad) == {("mended", "")}
+
+
+def with_a_bad_picture(video: bytes) -> bytes:
+    """An MPEG-TS whose packets are all there, one of them with nonsense in its slice."""
+    content = bytearray(video)
+    slices = [at for at in range(len(content) - 4) if content[at : at + 4] == b"\x00\x00\x01\x41"]
+    at = slices[len(slices) // 2] + 5
+    content[at : at + 30] = b"\xff" * 30
+    return bytes(content)
+
+
+def test_frames_lost_between_two_segments_are_told_and_cost_nothing_else(tmp_path):
+    folder = tmp_path / "raw" / "openpilot" / routes.DONGLE
+    routes.write_segment(folder / f"{routes.LOG_ID}--0")
+    routes.write_segment(folder / f"{routes.LOG_ID}--1", segment=1, first=100)
+    result = run(tmp_path, deep=True)
+    assert (result["audited"], result["refused"]) == (1, 0)
+    found = {finding["detail"].split(",")[0]: finding["code"] for finding in result["findings"]}
+    assert found == {"frame times: 1 gaps": "time-gap", "speed times: 1 gaps": "time-gap"}
 
 
 def _route(number: int) -> str:
@@ -344,7 +382,7 @@ def test_workers_find_what_one_process_finds(tmp_path, monkeypatch):
     monkeypatch.setattr(f"{audit.__module__}._RECORDINGS_A_WORKER", 1)
     for number in range(2):
         routes.write_segment(tmp_path / f"{routes.DONGLE}|{_route(number)}--0", count=20 + 20 * number)
-        routes.write_segment(tmp_path / f"{routes.DONGLE}|{_route(number)}--1", segment=1)
+        routes.write_segment(tmp_path / f"{routes.DONGLE}|{_route(number)}--2", segment=2)
     (tmp_path / f"{routes.DONGLE}|{_route(1)}--0" / "qcamera.ts").write_bytes(b"")
     parallel = run(tmp_path)
     monkeypatch.setattr(f"{audit.__module__}._RECORDINGS_A_WORKER", 100)
@@ -356,13 +394,13 @@ def test_a_recording_that_kills_its_worker_bars_only_itself(tmp_path, monkeypatc
     """What a hostile file could do to a decoder, done by a check that dies on purpose."""
     monkeypatch.setattr(f"{audit.__module__}._RECORDINGS_A_WORKER", 1)
     monkeypatch.setattr(f"{audit.__module__}.check_unit", die_on_the_second_segment)
-    for name in (f"{_route(0)}--0", f"{_route(0)}--1", f"{_route(1)}--0"):
+    for name in (f"{_route(0)}--0", f"{_route(0)}--2", f"{_route(1)}--0"):
         folder = tmp_path / f"{routes.DONGLE}|{name}"
         folder.mkdir()
         (folder / "qlog").touch()
     result = run(tmp_path)
     assert (result["audited"], result["refused"]) == (3, 1)
-    assert [(f["code"], f["recording"][-3:]) for f in result["findings"]] == [("audit-failed", "--1")]
+    assert [(f["code"], f["recording"][-3:]) for f in result["findings"]] == [("audit-failed", "--2")]
 
 
 def test_shards_must_agree_with_their_manifest(tmp_path):

@@ -13,7 +13,7 @@ EXAMPLE = "omni fetch --source synthetic --chunks 2"
 def command(
     *,
     source: Annotated[
-        str, typer.Option(metavar="NAME", help="physical_ai_av, synthetic or openpilot.")
+        str, typer.Option(metavar="NAME", help="physical_ai_av, synthetic, openpilot or comma2k19.")
     ] = "physical_ai_av",
     chunks: Annotated[
         str | None, typer.Option(metavar="N|A-B|A,B", help="The first N chunks, a range, or a list.")

@@ -1,12 +1,16 @@
-"""Route folders of comma devices: names of segments and files, compressions, cameras and their events.
+"""Route folders of comma devices: names of segments and files, compressions, cameras, their lenses, kinds of events.
 
-Source: openpilot `tools/lib/helpers.py`, `system/loggerd`, `cereal/log.capnp`. A route is one drive of one device
-(dongle); it is cut into segments of a minute, each with a log and one video per camera. Event and frame times are
-nanoseconds on the device's boot-monotonic clock.
+Source: openpilot `tools/lib/helpers.py`, `system/loggerd`, `cereal/log.capnp`, `common/transformations/camera.py`. A
+route is one drive of one device (dongle); it is cut into segments of a minute, each with a log and one video per
+camera. Event and frame times are nanoseconds on the device's boot-monotonic clock.
 """
 
+import itertools
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from omni_cli.scene.cameras import Pinhole
 
 NANOSECONDS_PER_MICROSECOND = 1_000
 # MPEG-TS counts 90 kHz in 33 bits, so that its times start again after 26.5 hours of uptime.
@@ -46,6 +50,30 @@ CAMERAS: dict[str, Camera] = {
         Camera("ecamera", ("ecamera.hevc",), "wideRoadEncodeIdx", has_own_times=False),
     )
 }
+# The kinds of event that omni reads, with their ordinals in the union of `log.capnp`. A release may rename one
+# (liveLocationKalman became liveLocationKalmanDEPRECATED, pathPlan lateralPlan), the ordinal stays.
+EVENT_ORDINALS: Mapping[str, int] = {
+    "initData": 1,
+    "roadCameraState": 2,
+    "deviceState": 6,
+    "roadEncodeIdx": 15,
+    "liveCalibration": 19,
+    "gpsLocation": 21,
+    "carState": 22,
+    "gpsLocationExternal": 48,
+    "cameraOdometry": 63,
+    "lateralPlan": 64,
+    "carParams": 69,
+    "driverMonitoringState": 71,
+    "liveLocationKalman": 72,
+    "modelV2": 75,
+    "wideRoadEncodeIdx": 77,
+    "qRoadEncodeIdx": 90,
+    "drivingModelData": 128,
+    "livePose": 129,
+}
+DEFAULT_HEIGHT_M = 1.22  # of the camera above the road, where a log does not say it; `common/transformations/model.py`
+
 FILES = frozenset(LOG_FILES) | {name for camera in CAMERAS.values() for name in camera.files}
 
 
@@ -76,3 +104,40 @@ def parse_segment_file(path: str) -> tuple[SegmentName, str] | None:
     if match is None or match["file"] not in FILES:
         return None
     return SegmentName(match["dongle"] or "", match["log"], int(match["number"])), match["file"]
+
+
+def lens(camera: str, device: str, sensor: str, *, width_px: int, height_px: int) -> Pinhole | None:
+    """Return how one camera of one device maps rays to the pixels of its video, or None where comma gives no lens.
+
+    openpilot puts the principal point at (w / 2, h / 2) and counts pixels from the centre of the first, as we do
+    (scene/cameras.py). A qcamera's video is the road camera's whole frame made smaller, its aspect not kept.
+
+    Args:
+        camera: a name of `CAMERAS`.
+        device: `deviceState.deviceType`.
+        sensor: `roadCameraState.sensor`; `unknown` before there was the field.
+        width_px: of the video.
+        height_px: of the video.
+    """
+    frames = _LENSES.get((device, sensor), {})
+    whole = frames.get("fcamera" if camera == "qcamera" else camera)
+    return whole.resized(width_px, height_px) if whole else None
+
+
+def _centred(width_px: int, height_px: int, focal_px: float) -> Pinhole:
+    return Pinhole(width_px, height_px, focal_px, focal_px, width_px / 2, height_px / 2)
+
+
+# Source: `DEVICE_CAMERAS` in `common/transformations/camera.py`; by device, sensor.
+_NEO = {"fcamera": _centred(1164, 874, 910.0)}
+_AR_OX = {"fcamera": _centred(1928, 1208, 2648.0), "ecamera": _centred(1928, 1208, 567.0)}
+_OS = {"fcamera": _centred(1344, 760, 1522.0 * 3 / 4), "ecamera": _centred(1344, 760, 567.0 * 3 / 4)}
+_SENSORS = {"ar0231": _AR_OX, "ox03c10": _AR_OX, "os04c10": _OS}
+_LENSES: Mapping[tuple[str, str], Mapping[str, Pinhole]] = {
+    ("neo", "unknown"): _NEO,
+    ("tici", "unknown"): _AR_OX,  # logged before there was a second sensor
+    ("pc", "unknown"): _AR_OX,  # the simulator
+    ("unknown", "ar0231"): _AR_OX,  # logged before there was a second device
+    ("unknown", "ox03c10"): _AR_OX,
+    **{(device, sensor): _SENSORS[sensor] for device, sensor in itertools.product(("tici", "tizi", "mici"), _SENSORS)},
+}

@@ -53,6 +53,20 @@ def latest_at(timestamps_us: Int64Array, at_us: Int64Array) -> Int64Array:
     return np.searchsorted(timestamps_us, at_us, side="right").astype(np.int64) - 1
 
 
+def nearest_to(timestamps_us: Int64Array, at_us: Int64Array) -> Int64Array:
+    """Return, for each instant (m,), the index of the nearest timestamp; of two, the earlier.
+
+    Args:
+        timestamps_us: (n,) strictly increasing, not empty.
+        at_us: (m,) instants.
+    """
+    after = np.clip(np.searchsorted(timestamps_us, at_us), 1, max(len(timestamps_us) - 1, 1))
+    after = np.minimum(after, len(timestamps_us) - 1)
+    before = np.maximum(after - 1, 0)
+    is_before = at_us - timestamps_us[before] <= timestamps_us[after] - at_us
+    return np.where(is_before, before, after).astype(np.int64)
+
+
 def typical_period_us(timestamps_us: Int64Array) -> int:
     """Return the median interval between timestamps; needs at least two."""
     return int(np.median(np.diff(timestamps_us)))

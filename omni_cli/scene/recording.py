@@ -6,6 +6,7 @@ from pathlib import Path
 
 from omni_cli.scene.cameras import Calibration
 from omni_cli.scene.clock import Float64Array, Int64Array
+from omni_cli.scene.driving_log import DeviceLog
 from omni_cli.scene.poses import EgoMotion
 
 
@@ -16,6 +17,7 @@ class VideoLocation:
     path: Path
     offset_bytes: int = 0
     size_bytes: int | None = None  # None: to the end of the file
+    num_frames: int | None = None  # that have a time, the first ones; None: each of the camera's times is of this video
 
     def read(self) -> bytes:
         """Return the bytes of the video."""
@@ -26,10 +28,13 @@ class VideoLocation:
 
 @dataclass(frozen=True)
 class CameraStream:
-    """One camera's video and the true time of each of its frames, in presentation order."""
+    """One camera's videos, one after the other, and the true time of each frame, in presentation order over them all.
+
+    Several videos are of one size, and each says its `num_frames`.
+    """
 
     name: str
-    video: VideoLocation
+    videos: tuple[VideoLocation, ...]
     timestamp_us: Int64Array  # (num_frames,) strictly increasing
     calibration: Calibration | None = None
 
@@ -60,6 +65,8 @@ class Recording:
     cameras: Mapping[str, CameraStream]
     ego: EgoMotion | None = None
     speed: SpeedLog | None = None
+    device: DeviceLog | None = None
     captions: tuple[Caption, ...] = ()
     group: str = ""  # drive or place, where the source knows it: recordings of one group share a split
+    parts: tuple[str, ...] = ()  # ids of what it was joined of, one a video; each can be set aside without the others
     provenance: Mapping[str, str] = field(default_factory=dict)  # revision, licence, input hashes

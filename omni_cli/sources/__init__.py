@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar, Protocol, cast
 
 from omni_cli.config import nearest
-from omni_cli.errors import UsageError
+from omni_cli.errors import DataError, UsageError
 from omni_cli.scene.recording import Recording
 
 
@@ -19,6 +19,14 @@ class RecordingRef:
     group: str  # drive, place or chunk: recordings of one group stay in one split where the source knows drives
     bundle: str  # files that are opened together (a chunk): units are worked on in this order
     declared_split: str = ""  # the source's own split, kept as provenance
+
+
+class PartRefused(DataError):
+    """A part of a recording is refused; once it is in quarantine, the others are recordings without it."""
+
+    def __init__(self, message: str, part_id: str) -> None:
+        super().__init__(message)
+        self.part_id = part_id  # what a quarantine list names
 
 
 class Source(Protocol):
@@ -45,6 +53,7 @@ _SOURCES: Mapping[str, str] = {
     "physical_ai_av": "omni_cli.sources.physical_ai_av:PhysicalAiAv",
     "synthetic": "omni_cli.sources.physical_ai_av:PhysicalAiAv",  # the synthetic world writes the same layout
     "openpilot": "omni_cli.sources.openpilot_logs:OpenpilotLogs",
+    "comma2k19": "omni_cli.sources.comma2k19:Comma2k19",
 }
 
 

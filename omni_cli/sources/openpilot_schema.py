@@ -10,13 +10,14 @@ import importlib.util
 import io
 import subprocess
 import sys
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from omni_cli.errors import DataError, OmniError, UsageError
-from omni_cli.formats.openpilot import BZIP2_MAGIC, ZSTD_MAGIC
+from omni_cli.formats.openpilot import BZIP2_MAGIC, EVENT_ORDINALS, ZSTD_MAGIC
 
 MAX_LOG_BYTES = 1 << 30  # a minute of rlog is about 100 MB; more is no log but a decompression bomb
 _BLOCK_BYTES = 1 << 16
@@ -37,6 +38,19 @@ def log_schema() -> Any:
     _require_parses(str(folder), schema_hash())
     capnp.remove_import_hook()
     return capnp.load(str(folder / "log.capnp"), imports=[str(folder)])
+
+
+@cache
+def event_kinds() -> Mapping[str, str]:
+    """Return the kind of event that omni reads (`EVENT_ORDINALS`) under each name that this schema has for one.
+
+    Raises:
+        UsageError: the extra is not installed.
+        OmniError: the schema files do not fit each other.
+    """
+    event = log_schema().Event.schema
+    names = {event.fields[name].proto.ordinal.explicit: name for name in event.union_fields}
+    return {names[ordinal]: kind for kind, ordinal in EVENT_ORDINALS.items() if ordinal in names}
 
 
 @cache

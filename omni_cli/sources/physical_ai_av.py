@@ -152,7 +152,7 @@ class PhysicalAiAv:
         table = read_table(directory.read(member), name, ("timestamp",))
         video = directory.locate(feature.member(clip_id, "video"))
         times = timestamps(table, "timestamp", name)
-        return CameraStream(camera, video, times, self._calibration(clip_id, chunk, camera))
+        return CameraStream(camera, (video,), times, self._calibration(clip_id, chunk, camera))
 
     def _ego(self, clip_id: str, chunk: int) -> EgoMotion:
         directory = self._directory("egomotion", chunk)

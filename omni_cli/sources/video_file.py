@@ -37,7 +37,7 @@ def open_video(path: Path, camera: str) -> CameraStream:
         raise DataError(f"{path}: a raw {info.codec} stream has no times; put it into an mp4 or mkv at its true rate")
     if (np.diff(info.pts_us) <= 0).any():
         raise DataError(f"{path}: two frames have the same time; remux the file with its true frame times")
-    return CameraStream(camera, VideoLocation(path), info.pts_us - info.pts_us[0])
+    return CameraStream(camera, (VideoLocation(path),), info.pts_us - info.pts_us[0])
 
 
 def video_recording(files: Mapping[str, Path]) -> Recording:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from omni_cli.config import nearest
 from omni_cli.errors import UsageError
+from omni_cli.formats.comma2k19 import POSES_FOLDER
 from omni_cli.formats.openpilot import parse_segment_file
 from omni_cli.formats.physical_ai_av import CLIP_INDEX_FILE, FEATURES_FILE
 from omni_cli.sources import source_names
@@ -42,10 +43,12 @@ def raw_folder(data: Path, source: str | None) -> tuple[str, Path]:
 
 
 def layout_of(folder: Path) -> str | None:
-    """Return the source whose layout a folder has: a PhysicalAI-AV repository or hub cache, or comma routes."""
+    """Return the source whose layout a folder has: of PhysicalAI-AV or a hub cache, comma2k19, or comma routes."""
     marks = (FEATURES_FILE, CLIP_INDEX_FILE, "snapshots", "datasets--*/snapshots")
     if any(path for mark in marks for path in folder.glob(mark)):
         return "physical_ai_av"
+    if any(path for depth in _SEGMENT_DEPTHS for path in folder.glob(f"{depth}/{POSES_FOLDER}")):
+        return "comma2k19"  # before routes: its videos and raw logs are named as theirs
     paths = (path for depth in _SEGMENT_DEPTHS for path in folder.absolute().glob(depth))
     return "openpilot" if any(parse_segment_file(path.as_posix()) for path in paths) else None
 
@@ -83,6 +86,8 @@ def _fetch_hint(source: str | None) -> str:
     match source:
         case "openpilot":
             return "get it with: omni fetch --source openpilot --from ROUTES"
+        case "comma2k19":
+            return "get it with: omni fetch --source comma2k19 --from CHUNKS"
         case None | "synthetic":
             return "get some with: omni fetch --source synthetic --chunks 2"
         case _:

@@ -15,7 +15,7 @@ from typing import Any
 from omni_cli.config import nearest
 from omni_cli.errors import DataError, UsageError
 from omni_cli.files import RECEIPT_SUFFIX, receipt_path
-from omni_cli.formats import openpilot, physical_ai_av
+from omni_cli.formats import comma2k19, openpilot, physical_ai_av
 from omni_cli.report import Console
 from omni_cli.sources import open_source, openpilot_schema, source_names
 from omni_cli.sources.physical_ai_av import find_root
@@ -80,7 +80,7 @@ def audit(request: AuditRequest, console: Console) -> dict[str, Any]:
 
 
 def _require_known(cameras: tuple[str, ...] | None) -> None:
-    known = (*physical_ai_av.CAMERAS, *openpilot.CAMERAS)
+    known = (*physical_ai_av.CAMERAS, *openpilot.CAMERAS, *comma2k19.CAMERAS)
     if unknown := [camera for camera in cameras or () if camera not in known]:
         raise UsageError(f"unknown camera {unknown[0]!r}; {nearest(unknown[0], known)}")
 
@@ -115,6 +115,8 @@ def _kind(folder: Path) -> str:
     with suppress(DataError):
         find_root(folder)
         return "synthetic" if folder.name == "synthetic" else "physical_ai_av"
+    if any(folder.rglob(comma2k19.POSES_FOLDER)):
+        return "comma2k19"
     if any(openpilot.parse_segment_file(path.as_posix()) for path in folder.absolute().rglob("*")):
         return "openpilot"
     receipts = (*folder.glob(f"**/*{RECEIPT_SUFFIX}"), receipt_path(folder), folder / RUN_FILE)
@@ -147,19 +149,21 @@ def _audit_folder(kind: str, folder: Path, request: AuditRequest, console: Conso
 
 def _units(kind: str, folder: Path, cameras: tuple[str, ...] | None) -> tuple[list[Unit], Sequence[Finding]]:
     if kind == "openpilot":
-        return _route_units(folder, _known_to(openpilot.CAMERAS, cameras)), ()
+        openpilot_schema.log_schema()  # a missing extra is the user's to mend, not a fault of every segment
+        return _route_units(kind, folder, _known_to(openpilot.CAMERAS, cameras)), ()
+    if kind == "comma2k19":
+        return _route_units(kind, folder, _known_to(comma2k19.CAMERAS, cameras)), ()
     repository = read_repository(find_root(folder), _known_to(physical_ai_av.CAMERAS, cameras))
     if not repository.chunks:
         raise DataError(f"{folder}: has an index, and no chunk of its clips; {_FETCH}")
     return [Unit(kind, folder, chunk.clips, None, chunk) for chunk in repository.chunks], repository.findings
 
 
-def _route_units(folder: Path, cameras: tuple[str, ...] | None) -> list[Unit]:
-    openpilot_schema.log_schema()  # a missing extra is the user's to mend, not a fault of every segment
+def _route_units(kind: str, folder: Path, cameras: tuple[str, ...] | None) -> list[Unit]:
     routes: dict[str, list[str]] = {}
-    for ref in open_source("openpilot", folder).recordings():
+    for ref in open_source(kind, folder).recordings():
         routes.setdefault(ref.bundle, []).append(ref.id)
-    return [Unit("openpilot", folder, tuple(segments), cameras) for segments in routes.values()]
+    return [Unit(kind, folder, tuple(segments), cameras) for segments in routes.values()]
 
 
 def _known_to(names: Iterable[str], cameras: tuple[str, ...] | None) -> tuple[str, ...] | None:

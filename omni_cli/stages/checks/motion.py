@@ -16,6 +16,8 @@ MAX_QUATERNION_ERROR = 1e-3  # as the reader
 # A step may differ from what the velocities at its ends say by this much, plus this share of the step.
 MAX_JUMP_M = 1.0
 MAX_JUMP_SHARE = 0.25
+# Messages of a car's bus are stamped when they are read: some come 0.2 ms apart, and a rate between two says nothing.
+_RATE_OVER_US = 100_000
 
 
 def ego_findings(ego: EgoMotion, camera_span_us: tuple[int, int] | None) -> Iterator[Finding]:
@@ -41,15 +43,17 @@ def ego_findings(ego: EgoMotion, camera_span_us: tuple[int, int] | None) -> Iter
         yield from _motion_findings(ego)
 
 
-def speed_findings(log: SpeedLog, camera_span_us: tuple[int, int] | None) -> Iterator[Finding]:
-    """Check a log of speed and steering, whole: it belongs to its cameras' segment."""
-    found = list(timestamp_findings(log.timestamp_us, "speed times"))
+def speed_findings(
+    log: SpeedLog, camera_span_us: tuple[int, int] | None, *, is_joined: bool = False
+) -> Iterator[Finding]:
+    """Check a log of speed and steering, whole: it belongs to its cameras' segments, several where it is joined."""
+    found = list(timestamp_findings(log.timestamp_us, "speed times", is_joined=is_joined))
     found += _finite_findings(np.column_stack([log.speed_mps, log.steering_angle_deg]), "speed and steering")
     if camera_span_us and not is_refused(found):
         found += coverage_findings((int(log.timestamp_us[0]), int(log.timestamp_us[-1])), camera_span_us, "speed")
     yield from found
     if not is_refused(found):
-        rate = np.diff(log.speed_mps) / _steps_s(log.timestamp_us)
+        rate = _rate_per_s(log.speed_mps, log.timestamp_us)
         yield from _limit_findings(np.abs(log.speed_mps), MAX_SPEED_MPS, "impossible-speed", "m/s")
         yield from _limit_findings(np.abs(rate), MAX_ACCELERATION_MPS2, "impossible-acceleration", "m/s2")
 
@@ -83,6 +87,14 @@ def _limit_findings(values: Float64Array, limit: float, code: str, unit: str) ->
     if len(values) and (worst := float(values.max())) > limit:
         rows = int((values > limit).sum())
         yield refuse(code, f"{worst:.3g} {unit} at row {int(values.argmax())}, {rows} rows above {limit:g}")
+
+
+def _rate_per_s(values: Float64Array, timestamp_us: Int64Array) -> Float64Array:
+    """Return the rate from each sample to the first that is `_RATE_OVER_US` later, where there is one."""
+    later = np.searchsorted(timestamp_us, timestamp_us + _RATE_OVER_US)
+    first = np.flatnonzero(later < len(values))
+    elapsed_s = (timestamp_us[later[first]] - timestamp_us[first]) / MICROSECONDS_PER_SECOND
+    return np.asarray((values[later[first]] - values[first]) / elapsed_s)
 
 
 def _steps_s(timestamp_us: Int64Array) -> Float64Array:

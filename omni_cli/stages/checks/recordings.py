@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from omni_cli.errors import DataError, OmniError
 from omni_cli.formats import video
 from omni_cli.scene.clock import Int64Array
-from omni_cli.scene.recording import Recording
-from omni_cli.sources import Source
+from omni_cli.scene.recording import CameraStream, Recording
+from omni_cli.sources import PartRefused, Source
 from omni_cli.stages.checks.findings import Finding, refuse, warn
 from omni_cli.stages.checks.motion import ego_findings, speed_findings
 from omni_cli.stages.checks.timing import spread_findings, timestamp_findings
@@ -15,9 +15,11 @@ _DEEP_SIDE_PX = 32  # decoding is the work; what it is scaled to is not looked a
 
 
 def opened(source: Source, recording_id: str, cameras: tuple[str, ...] | None) -> Recording | Finding:
-    """Open a recording as every later stage will, or return why that is refused."""
+    """Open a recording as every later stage will, or return why that is refused: it, or a part of it alone."""
     try:
         return source.open(recording_id, cameras)
+    except PartRefused as error:
+        return refuse("refused-by-reader", str(error)).about(error.part_id)
     except DataError as error:
         return refuse("refused-by-reader", str(error)).about(recording_id)
 
@@ -29,20 +31,21 @@ def recording_findings(recording: Recording, *, deep: bool) -> Iterator[Finding]
         recording: as its source opened it.
         deep: decode every frame, rather than read the headers and packets.
     """
+    is_joined = bool(recording.parts)
     for camera, stream in recording.cameras.items():
-        found = [*timestamp_findings(stream.timestamp_us, "frame times")]
-        content, num_timestamps = stream.video.read(), len(stream.timestamp_us)
-        found += video_findings(content, camera, num_timestamps, deep=deep, surplus=warn)
-        yield from (finding.about(recording.id, camera) for finding in found)
+        of_times = timestamp_findings(stream.timestamp_us, "frame times", is_joined=is_joined)
+        yield from (finding.about(recording.id, camera) for finding in of_times)
+        yield from _videos_findings(recording, stream, deep=deep)
     spans = camera_spans_us({camera: stream.timestamp_us for camera, stream in recording.cameras.items()})
     found = [*spread_findings(spans)] if spans else []
     if recording.provenance.get("log_is_truncated") == "true":
-        found.append(warn("truncated-log", f"{recording.provenance['log']} ends inside an event; read up to there"))
+        logs = recording.provenance["truncated_logs"]
+        found.append(warn("truncated-log", f"{logs} ends inside an event; read up to there"))
     span = whole_span_us(spans.values())
     if recording.ego is not None:
         found += ego_findings(recording.ego, span)
     if recording.speed is not None:
-        found += speed_findings(recording.speed, span)
+        found += speed_findings(recording.speed, span, is_joined=is_joined)
     yield from (finding.about(recording.id) for finding in found)
 
 
@@ -72,6 +75,14 @@ def video_findings(
             _decode_all(content, name, info.num_frames)
     except OmniError as error:
         yield refuse("unreadable-video", str(error))
+
+
+def _videos_findings(recording: Recording, stream: CameraStream, *, deep: bool) -> Iterator[Finding]:
+    """Check each video of a camera; what is wrong with one concerns the part that it belongs to."""
+    for part, location in zip(recording.parts or (recording.id,), stream.videos, strict=True):
+        count = len(stream.timestamp_us) if location.num_frames is None else location.num_frames
+        found = video_findings(location.read(), stream.name, count, deep=deep, surplus=warn)
+        yield from (finding.about(part, stream.name) for finding in found)
 
 
 def camera_spans_us(timestamps_us: Mapping[str, Int64Array]) -> dict[str, tuple[int, int]]:

@@ -13,12 +13,13 @@ MAX_SPREAD_US = 500_000  # between the starts, or the ends, of a recording's cam
 MIN_COVERED_SHARE = 0.5  # of the cameras' span, by the ego motion
 
 
-def timestamp_findings(timestamp_us: Int64Array, what: str) -> Iterator[Finding]:
+def timestamp_findings(timestamp_us: Int64Array, what: str, *, is_joined: bool = False) -> Iterator[Finding]:
     """Check that times increase and have no holes.
 
     Args:
         timestamp_us: (n,) as logged.
         what: names the times in a detail: `frame times`, `egomotion times`.
+        is_joined: of a recording of several parts, which a hole between two does not spoil.
     """
     if len(timestamp_us) < 2:
         yield refuse("too-short", f"{what}: {len(timestamp_us)} found, at least 2 expected")
@@ -32,7 +33,7 @@ def timestamp_findings(timestamp_us: Int64Array, what: str) -> Iterator[Finding]
             "strictly increasing expected",
         )
         return
-    yield from _gap_findings(timestamp_us, steps, what)
+    yield from _gap_findings(timestamp_us, steps, what, longest_us=None if is_joined else MAX_GAP_US)
 
 
 def spread_findings(spans_us: Mapping[str, tuple[int, int]]) -> Iterator[Finding]:
@@ -70,12 +71,14 @@ def coverage_findings(log_span_us: tuple[int, int], camera_span_us: tuple[int, i
         )
 
 
-def _gap_findings(timestamp_us: Int64Array, steps: Int64Array, what: str) -> Iterator[Finding]:
+def _gap_findings(
+    timestamp_us: Int64Array, steps: Int64Array, what: str, *, longest_us: int | None
+) -> Iterator[Finding]:
     typical_us = typical_period_us(timestamp_us)
     gaps = np.flatnonzero(steps > GAP_PERIODS * typical_us)
     if len(gaps):
         widest = int(gaps[np.argmax(steps[gaps])])
-        make = refuse if steps[widest] > MAX_GAP_US else warn
+        make = refuse if longest_us is not None and steps[widest] > longest_us else warn
         yield make(
             "time-gap",
             f"{what}: {len(gaps)} gaps, the widest {seconds(int(steps[widest])):.3f} s after row {widest}; "

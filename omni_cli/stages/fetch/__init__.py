@@ -5,6 +5,7 @@ from typing import Any
 from omni_cli.config import nearest
 from omni_cli.errors import UsageError
 from omni_cli.report import Console
+from omni_cli.stages.fetch.comma2k19 import import_comma2k19
 from omni_cli.stages.fetch.hub import fetch_hub
 from omni_cli.stages.fetch.imports import import_physical_ai_av
 from omni_cli.stages.fetch.openpilot import import_openpilot
@@ -15,7 +16,7 @@ from omni_cli.world.clip import SyntheticSpec
 
 __all__ = ["FetchRequest", "SyntheticSpec", "camera_names", "fetch", "parse_size"]
 
-SOURCES = ("physical_ai_av", "synthetic", "openpilot")
+SOURCES = ("physical_ai_av", "synthetic", "openpilot", "comma2k19")
 
 
 def fetch(request: FetchRequest, console: Console) -> dict[str, Any]:
@@ -40,6 +41,10 @@ def fetch(request: FetchRequest, console: Console) -> dict[str, Any]:
             return fetch_synthetic(request, console)
         case "openpilot" if request.origin is not None:
             return import_openpilot(request, request.origin, console)
+        case "comma2k19" if request.origin is not None:
+            return import_comma2k19(request, request.origin, console)
+        case "comma2k19":
+            raise UsageError("comma2k19 is a torrent, then imported: omni fetch --source comma2k19 --from CHUNKS")
         case "openpilot":
             raise UsageError("openpilot routes are imported: omni fetch --source openpilot --from ROUTES")
         case "synthetic":

@@ -4,7 +4,7 @@ All become `<dongle>/<log>--<n>/FILE`, with `unknown` for a dongle that no name 
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,21 @@ _EXPECTED = "segments like <dongle>|<log>--0/ or <log>--0/ with qcamera.ts, fcam
 
 
 def import_openpilot(request: FetchRequest, origin: Path, console: Console) -> dict[str, Any]:
-    """Copy the cameras and logs of every segment under a folder, verified.
+    """Copy the cameras and logs of every segment under a folder, verified; raises as `import_segments`."""
+    return import_segments(request, origin, console, place_of=segment_place, expected=_EXPECTED)
+
+
+def import_segments(
+    request: FetchRequest, origin: Path, console: Console, *, place_of: Callable[[Path], Path | None], expected: str
+) -> dict[str, Any]:
+    """Copy the files of every segment under a folder, verified.
+
+    Args:
+        request: where to, and whether it is a dry run.
+        origin: the folder.
+        console: shows the progress.
+        place_of: a file's place under the source's folder, its segment in the first two parts; None for any other.
+        expected: what a folder with segments looks like, for the error.
 
     Raises:
         DataError: no segment is there, or two different files claim one place.
@@ -29,13 +43,13 @@ def import_openpilot(request: FetchRequest, origin: Path, console: Console) -> d
     links: list[Path] = []
     pairs: dict[Path, Path] = {}
     for source in _walk(origin, links):
-        if place := segment_place(source):
+        if place := place_of(source):
             _claim(pairs, request.folder / place, source)
     if links:
         console.warn(f"{len(links)} links that lead out of {origin} or to folders are not followed: {links[0]}")
     if not pairs:
-        raise DataError(f"{origin}: found {describe(origin)}; expected {_EXPECTED}")
-    segments = sorted({str(path.parent.relative_to(request.folder)) for path in pairs})
+        raise DataError(f"{origin}: found {describe(origin)}; expected {expected}")
+    segments = sorted({"/".join(path.relative_to(request.folder).parts[:2]) for path in pairs})
     console.say(f"{len(segments)} segments, {len(pairs)} files in {origin}")
     with request.held():
         result = copy_all(request, pairs, console)
