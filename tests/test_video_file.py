@@ -20,7 +20,7 @@ def test_variable_times_come_from_the_container(tmp_path):
     path.write_bytes(made.encode("matroska", "libx264", times_us + 3_000_000, {"preset": "ultrafast", "bf": "2"}))
     stream = open_video(path, "front")
     np.testing.assert_allclose(stream.timestamp_us, times_us, atol=1000)  # matroska keeps milliseconds
-    pictures = list(video.decode(stream.video.read(), "clip", range(5), width_px=96, height_px=64))
+    pictures = list(video.decode(stream.videos[0].read(), "clip", range(5), width_px=96, height_px=64))
     assert np.all(np.diff([picture.mean() for _, picture in pictures]) > 0)
 
 

@@ -14,11 +14,11 @@ import io
 import math
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
-from typing import BinaryIO, Literal
+from functools import cached_property, partial
+from typing import BinaryIO, Literal, TypeVar
 
 import av
 import numpy as np
@@ -29,7 +29,12 @@ from omni_cli.formats import ffmpeg
 
 Decoder = Literal["pyav", "torchcodec"]
 Uint8Array = npt.NDArray[np.uint8]
+Planes = tuple[Uint8Array, Uint8Array, Uint8Array]  # Y (height, width), U and V of half the size, rounded up
+_Picture = TypeVar("_Picture", Uint8Array, Planes)
 _SCALE_FLAGS = "area+accurate_rnd+full_chroma_int+bitexact"
+_TO_BT601 = "out_range=limited:out_color_matrix=bt601"
+_BT601_OR_UNSPECIFIED = (5, 6, 2)  # AVColorSpace; FFmpeg too takes what is unspecified for BT.601
+_FULL_RANGE = 2  # AVColorRange
 _SAME_TIME_S = 1e-6
 _USE_PYAV = "check the file, or decode it with: --set sample.decoder=pyav"
 _NAL_UNIT = re.compile(rb"\x00\x00\x01(.)", re.DOTALL)
@@ -108,8 +113,34 @@ def decode(
     Raises:
         DataError: the video is damaged, or ends before the last wanted frame.
     """
-    decode_by = _decode_torchcodec if decoder == "torchcodec" else _decode_pyav
-    yield from decode_by(video, name, info or probe(video, name), indices, (width_px, height_px))
+    info, size_px = info or probe(video, name), (width_px, height_px)
+    if decoder == "torchcodec":
+        yield from _decode_torchcodec(video, name, info, indices, size_px)
+    else:
+        yield from _decode_pyav(video, name, info, indices, partial(_to_rgb, size_px=size_px))
+
+
+def decode_yuv(
+    video: bytes, name: str, indices: Sequence[int], info: VideoInfo | None = None
+) -> Iterator[tuple[int, Planes]]:
+    """Yield (index, planes) for each wanted frame, in ascending order and at the video's own size.
+
+    The planes are YUV 4:2:0 in BT.601 limited range. Frames that are coded so, or do not say otherwise, come out as
+    they were coded, bit for bit; of others (4:4:4, ten bits, RGB, full range, BT.709) the scaler makes such planes.
+
+    Args:
+        video: the file's content.
+        name: what to call it in an error.
+        indices: frames in presentation order, ascending and unique.
+        info: what `probe` said of this video, where it was asked before.
+
+    Yields:
+        The index and (y, u, v): uint8 (height, width), and twice (ceil(height / 2), ceil(width / 2)).
+
+    Raises:
+        DataError: the video is damaged, or ends before the last wanted frame.
+    """
+    yield from _decode_pyav(video, name, info or probe(video, name), indices, _to_planes)
 
 
 def decode_only(video: bytes, name: str) -> int:
@@ -207,15 +238,19 @@ def _hevc_picture_type(packet: av.Packet) -> int | None:
 
 
 def _decode_pyav(
-    video: bytes, name: str, info: VideoInfo, indices: Sequence[int], size_px: tuple[int, int]
-) -> Iterator[tuple[int, Uint8Array]]:
+    video: bytes,
+    name: str,
+    info: VideoInfo,
+    indices: Sequence[int],
+    converter: Callable[[av.VideoStream], Callable[[av.VideoFrame], _Picture]],
+) -> Iterator[tuple[int, _Picture]]:
     wanted = iter(indices)
     target = next(wanted, None)
     try:
         with _open(video) as container:
             stream = _video_stream(container, name)
             stream.thread_type = "NONE"
-            graph = _scaler(stream, *size_px)
+            picture_of = converter(stream)
             for position, frame in _numbered(container.decode(stream), info, name):
                 if target is None:
                     return
@@ -224,8 +259,7 @@ def _decode_pyav(
                 if position == target:
                     if frame.is_corrupt:
                         raise DataError(f"{name}: frame {position} is damaged; fetch the file again")
-                    graph.push(frame)
-                    yield position, graph.pull().to_ndarray(format="rgb24")
+                    yield position, picture_of(frame)
                     target = next(wanted, None)
     except av.FFmpegError as error:
         raise DataError(f"{name}: decoding failed ({error.strerror}); check the file or fetch it again") from None
@@ -242,14 +276,43 @@ def _numbered(frames: Iterable[av.VideoFrame], info: VideoInfo, name: str) -> It
         yield (index_of[frame.pts] if info.pts else turn), frame
 
 
-def _scaler(stream: av.VideoStream, width_px: int, height_px: int) -> av.filter.Graph:
+def _to_rgb(stream: av.VideoStream, size_px: tuple[int, int]) -> Callable[[av.VideoFrame], Uint8Array]:
+    scaled = _scaler(stream, "rgb24", f"{size_px[0]}:{size_px[1]}:flags={_SCALE_FLAGS}")
+    return lambda frame: scaled(frame).to_ndarray(format="rgb24")
+
+
+def _to_planes(stream: av.VideoStream) -> Callable[[av.VideoFrame], Planes]:
+    converted = _scaler(stream, "yuv420p", f"{stream.width}:{stream.height}:{_TO_BT601}:flags={_SCALE_FLAGS}")
+    return lambda frame: _planes(frame if _is_plain_yuv(frame) else converted(frame))
+
+
+def _is_plain_yuv(frame: av.VideoFrame) -> bool:
+    is_bt601 = frame.color_range != _FULL_RANGE and frame.colorspace in _BT601_OR_UNSPECIFIED
+    return frame.format.name == "yuv420p" and is_bt601
+
+
+def _planes(frame: av.VideoFrame) -> Planes:
+    """Copy the planes of a yuv420p frame without the padding at the end of their rows."""
+    y, u, v = (
+        np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: plane.height, : plane.width].copy()
+        for plane in frame.planes
+    )
+    return y, u, v
+
+
+def _scaler(stream: av.VideoStream, pixel_format: str, options: str) -> Callable[[av.VideoFrame], av.VideoFrame]:
     graph = av.filter.Graph()
     source = graph.add_buffer(template=stream)
-    scale = graph.add("scale", f"{width_px}:{height_px}:flags={_SCALE_FLAGS}")
-    rgb = graph.add("format", "rgb24")
+    scale = graph.add("scale", options)
+    formatted = graph.add("format", pixel_format)
     sink = graph.add("buffersink")
-    graph.link_nodes(source, scale, rgb, sink).configure()
-    return graph
+    graph.link_nodes(source, scale, formatted, sink).configure()
+
+    def scaled(frame: av.VideoFrame) -> av.VideoFrame:
+        graph.push(frame)
+        return graph.pull()
+
+    return scaled
 
 
 def _decode_torchcodec(
