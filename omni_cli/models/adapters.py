@@ -2,9 +2,17 @@
 
 PEFT attaches; this module checks. A rank that is silently ignored, a pattern that hits the vision tower, a frozen
 weight that learns or a trainable one that never sees a gradient are each an error here, not a strange result later.
+
+What PEFT 0.21 gets wrong with convolutions (`peft/tuners/lora/layer.py`, `dora.py`) is refused. On a grouped one,
+depthwise included, the adapter has other groups than its base and cannot be merged, and DoRA's norms are of a matrix
+that it does not apply. On a dilated one, or one that pads with anything but zeros, the adapter's first convolution
+takes over neither: adapted and merged would be two functions.
 """
 
+import math
 import re
+import warnings
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,20 +24,44 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
-from transformers import PreTrainedModel
 
 from omni_cli.config import nearest
 from omni_cli.errors import DataError, OmniError, UsageError
 
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_LAYER = re.compile(r"language_model\.layers\.\d+$")
-_LINEAR = re.compile(r"language_model\.layers\.\d+\.(?:self_attn|mlp)\.(\w+_proj)$")
 _MERGER = re.compile(r"visual\.(merger|deepstack_merger_list\.\d+)$")
+_ADAPTABLE = (nn.Linear, nn.Conv2d)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A part of a model that takes adapters."""
+
+    title: str
+    before: str  # pattern of what stands before a target in a layer's full name
+    target: str  # pattern of a target: what a user calls the layer, or all layers of that name
+    task_type: str | None  # as PEFT's configuration names it
+
+    def pattern(self, targets: Sequence[str]) -> str:
+        """Return a full-match pattern for the names of the layers that `targets` mean."""
+        return rf"{self.before}({'|'.join(map(re.escape, targets))})"
+
+    def named(self, model: nn.Module) -> list[str]:
+        """Return the targets that a model without adapters has, each once."""
+        layer = re.compile(rf"{self.before}({self.target})")
+        names = [name for name, module in model.named_modules() if isinstance(module, _ADAPTABLE)]
+        return list(dict.fromkeys(match[1] for name in names if (match := layer.fullmatch(name))))
+
+
+# Linear layers of every decoder layer: never the vision tower, never the head.
+LANGUAGE_MODEL = Place(
+    "the language model", r".*language_model\.layers\.\d+\.(?:self_attn|mlp)\.", r"\w+_proj", "CAUSAL_LM"
+)
+DRIVING_NET = Place("the driving net", r"(?:base_model\.model\.)?", ".+", None)  # a target is a layer's full name
 
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """What to attach to every layer of the language model."""
+    """What to attach, and to which layers."""
 
     rank: int
     alpha: int
@@ -37,15 +69,7 @@ class AdapterSpec:
     targets: tuple[str, ...]
     use_dora: bool = False
     train_merger: bool = False  # between vision tower and language model: in full, saved with the adapter
-
-
-def target_pattern(targets: Sequence[str]) -> str:
-    """Return a full-match pattern for linear layers of the language model: never the vision tower, never the head."""
-    attention = "|".join(name for name in targets if name in _ATTENTION)
-    mlp = "|".join(name for name in targets if name not in _ATTENTION)
-    parts = [f"self_attn\\.({attention})"] if attention else []
-    parts += [f"mlp\\.({mlp})"] if mlp else []
-    return rf".*language_model\.layers\.\d+\.({'|'.join(parts)})"
+    place: Place = LANGUAGE_MODEL
 
 
 def merger_names(model: nn.Module) -> list[str]:
@@ -53,48 +77,81 @@ def merger_names(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_modules() if _MERGER.search(name)]
 
 
-def attach(model: PreTrainedModel, spec: AdapterSpec) -> nn.Module:
-    """Freeze a model, attach an adapter to its language model, and verify it.
+def driving_targets(net: nn.Module) -> list[str]:
+    """Return the layers of a driving net that an adapter can sit on: dense and recurrent projections, convolutions.
+
+    A layer that is frozen, as the head of something without labels is, is none of them; nor is one of `left_out`.
+    """
+    layers = [(name, module) for name, module in net.named_modules() if isinstance(module, _ADAPTABLE)]
+    return [name for name, module in layers if module.weight.requires_grad and not unfit(module)]
+
+
+def left_out(net: nn.Module) -> dict[str, str]:
+    """Return the layers that learn in full tuning and that no adapter can sit on, with the reason of each."""
+    convolutions = [(name, module) for name, module in net.named_modules() if isinstance(module, nn.Conv2d)]
+    return {name: unfit(module) for name, module in convolutions if module.weight.requires_grad and unfit(module)}
+
+
+def unfit(layer: nn.Module) -> str:
+    """Return why PEFT cannot adapt a layer such that merged and adapted are one function; empty where it can."""
+    if not isinstance(layer, nn.Conv2d):
+        return ""
+    if layer.groups > 1:
+        return f"a convolution in {layer.groups} groups"
+    if layer.dilation != (1, 1):
+        return f"a convolution with dilation {layer.dilation}"
+    return "" if layer.padding_mode == "zeros" else f"a convolution that pads with {layer.padding_mode!r}"
+
+
+def attach(model: nn.Module, spec: AdapterSpec) -> nn.Module:
+    """Freeze a model, attach an adapter to its layers, and verify it.
 
     Raises:
-        UsageError: a target is no layer of this model.
+        UsageError: a target is no layer of this model, or cannot be adapted.
         OmniError: the adapter is not what was asked for.
     """
-    check_targets(model, spec.targets)
+    check_targets(model, spec)
     config = LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha,
         lora_dropout=spec.dropout,
         use_dora=spec.use_dora,
-        target_modules=target_pattern(spec.targets),
+        target_modules=spec.place.pattern(spec.targets),
         modules_to_save=merger_names(model) if spec.train_merger else None,
-        task_type="CAUSAL_LM",
+        task_type=spec.place.task_type,
     )
     wrapped: nn.Module = get_peft_model(model, config)
     verify(wrapped, spec)
+    _check_magnitudes(wrapped)
     return wrapped
 
 
-def check_targets(model: nn.Module, targets: Sequence[str]) -> None:
-    """Check that every target is a linear layer of the language model.
+def check_targets(model: nn.Module, spec: AdapterSpec) -> None:
+    """Check that every target is a layer of its place, and one that PEFT adapts rightly.
 
     Raises:
         UsageError: one is not, or there is none.
     """
-    known = {match[1] for name, _ in model.named_modules() if (match := _LINEAR.search(name))}
-    if wrong := [name for name in targets if name not in known] or ([] if targets else ["nothing"]):
-        raise UsageError(f"tune.targets: {wrong[0]!r} is no layer of the language model; {nearest(wrong[0], known)}")
+    known = spec.place.named(model)
+    if wrong := [name for name in spec.targets if name not in known] or ([] if spec.targets else ["nothing"]):
+        raise UsageError(f"tune.targets: {wrong[0]!r} is no layer of {spec.place.title}; {nearest(wrong[0], known)}")
+    wanted = re.compile(spec.place.pattern(spec.targets))
+    for name, module in model.named_modules():
+        if wanted.fullmatch(name) and (reason := unfit(module)):
+            raise UsageError(f"tune.targets: {name} is {reason}, which PEFT cannot adapt and merge; leave it out")
 
 
-def load(model: PreTrainedModel, folder: Path, spec: AdapterSpec) -> nn.Module:
+def load(model: nn.Module, folder: Path, spec: AdapterSpec) -> nn.Module:
     """Attach a saved adapter to its base and verify it.
 
     Raises:
-        DataError: the adapter was made for another base.
+        DataError: the adapter was made for another base, or lacks weights.
     """
     try:
-        wrapped: nn.Module = PeftModel.from_pretrained(model, folder, is_trainable=True)
-    except (RuntimeError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            wrapped: nn.Module = PeftModel.from_pretrained(model, folder, is_trainable=True)
+    except (RuntimeError, ValueError, UserWarning) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise DataError(f"adapter {folder} does not match its base model: {reason}") from None
     verify(wrapped, spec)
@@ -126,15 +183,7 @@ def verify(model: nn.Module, spec: AdapterSpec) -> None:
         OmniError: one of them differs.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    wanted = re.compile(target_pattern(spec.targets))
-    strangers = [name for name in layers if not wanted.fullmatch(name)]
-    if strangers or not layers:
-        raise OmniError(f"adapter sits on {strangers or 'nothing'}; expected layers that match {wanted.pattern}")
-    depth = sum(bool(_LAYER.search(name)) for name, _ in model.named_modules())
-    for target in spec.targets:
-        hits = sum(name.endswith(f".{target}") for name in layers)
-        if hits != depth:
-            raise OmniError(f"adapter sits on {hits} layers named {target}; the language model has {depth}")
+    _check_places(model, list(layers), spec)
     for name, layer in layers.items():
         rank, scale = layer.lora_A["default"].weight.shape[0], layer.scaling["default"]
         if rank != spec.rank or scale != spec.alpha / spec.rank:
@@ -143,10 +192,25 @@ def verify(model: nn.Module, spec: AdapterSpec) -> None:
     mergers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
     if len(mergers) != (len(merger_names(model)) if spec.train_merger else 0):
         raise OmniError(f"{len(mergers)} mergers learn beside the adapter; asked for train_merger={spec.train_merger}")
-    expected = sum(_analytic(layer, spec) for layer in layers.values())
+    expected = sum(adapter_weights(layer.get_base_layer(), spec) for layer in layers.values())
     expected += sum(weight_count(merger.original_module) for merger in mergers)
     if (found := trainable_count(model)) != expected:
         raise OmniError(f"{found:,} weights are trainable; what was asked for has {expected:,}")
+
+
+def adapter_weights(layer: nn.Module, spec: AdapterSpec) -> int:
+    """Return how many weights an adapter has on a layer: A is as its base but r wide, B pointwise, DoRA's m per output.
+
+    Raises:
+        TypeError: neither a dense layer nor a convolution.
+    """
+    if isinstance(layer, nn.Linear):
+        inputs, outputs = layer.in_features, layer.out_features
+    elif isinstance(layer, nn.Conv2d):
+        inputs, outputs = layer.in_channels * math.prod(layer.kernel_size), layer.out_channels
+    else:
+        raise TypeError(f"no adapter is counted on {type(layer).__name__}")
+    return spec.rank * (inputs + outputs) + (outputs if spec.use_dora else 0)
 
 
 def trainable_count(model: nn.Module) -> int:
@@ -180,6 +244,30 @@ def check_gradients(model: nn.Module) -> None:
             raise OmniError(f"gradient of trainable weight {name} is exactly zero: it does not learn")
 
 
-def _analytic(layer: LoraLayer, spec: AdapterSpec) -> int:
-    magnitude = layer.out_features if spec.use_dora else 0
-    return int(spec.rank * (layer.in_features + layer.out_features) + magnitude)
+def has_gradient(model: nn.Module) -> bool:
+    """Say whether any weight has a gradient that is not zero."""
+    return any(weight.grad is not None and bool(weight.grad.any()) for weight in model.parameters())
+
+
+def _check_places(model: nn.Module, found: list[str], spec: AdapterSpec) -> None:
+    wanted = re.compile(spec.place.pattern(spec.targets))
+    strangers = [name for name in found if not wanted.fullmatch(name)]
+    if strangers or not found:
+        raise OmniError(f"adapter sits on {strangers[0] if strangers else 'nothing'}; expected {spec.targets}")
+    expected = Counter(match[1] for name, _ in model.named_modules() if (match := wanted.fullmatch(name)))
+    hits = Counter(match[1] for name in found if (match := wanted.fullmatch(name)))
+    for target in spec.targets:
+        if hits[target] != expected[target] or not hits[target]:
+            raise OmniError(
+                f"adapter sits on {hits[target]} layers named {target}; {spec.place.title} has {expected[target]}"
+            )
+
+
+def _check_magnitudes(model: nn.Module) -> None:
+    """Refuse DoRA on an output whose weights are all zero: its direction is 0 / 0, and the first forward gives NaN."""
+    for name, weight in model.named_parameters():
+        if "lora_magnitude_vector" in name and not weight.is_meta and not weight.all():
+            layer = name.partition(".lora_magnitude_vector")[0].removeprefix("base_model.model.")
+            raise UsageError(
+                f"tune.targets: {layer} has an output whose weights are all zero, which DoRA cannot scale; leave it out"
+            )

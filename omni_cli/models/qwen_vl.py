@@ -200,6 +200,8 @@ def place(model: nn.Module, device: str, dtype: str | None) -> nn.Module:
         for weight in model.parameters():
             if weight.is_floating_point():
                 weight.data = weight.data.to(DTYPES[dtype])
+        for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
+            norm.to(DTYPES[dtype])  # its kernel on a CPU takes weights and statistics of one type
     return model
 
 
