@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from omni_cli.errors import DataError
-from omni_cli.recipe import SampleSettings
 from omni_cli.recipes.vlm import Vlm
+from omni_cli.recipes.vlm.settings import VlmSample
 from omni_cli.report import Console
 from omni_cli.samples.dataset import WindowDataset
 from omni_cli.samples.shards import open_shards
@@ -13,7 +13,7 @@ from omni_cli.samples.splits import check_no_leak
 from omni_cli.stages.etl import EtlRequest, etl
 from tests.support import pai
 
-SAMPLE = SampleSettings(cameras=",".join(pai.CAMERAS), window=8, stride=4, canvas_px=112, aspect=4 / 3)
+SAMPLE = VlmSample(cameras=",".join(pai.CAMERAS), window=8, stride=4, canvas_px=112, aspect=4 / 3)
 RECIPE = Vlm(model="tiny:qwen2_5_vl", sample=SAMPLE)
 
 
@@ -31,8 +31,8 @@ def test_windows_of_two_cameras_have_their_skew_and_their_motion(made):
     assert result["skew_ms"] == {"median": 93.0, "max": 93.0}  # 7 ms later means 93 ms earlier, one frame before
     row = WindowDataset(shards, "train")[0]
     assert row["displacement_m"] == pytest.approx(0.7 * pai.SPEED_MPS)
-    assert row["canvases"].shape == (8, *[shards.manifest.preprocess.canvas_height_px, 112], 3)
-    greys = row["canvases"][:, 20, [28, 84], 0].numpy().astype(int)
+    assert row["pictures"].shape == (8, *[shards.manifest.preprocess.canvas_height_px, 112], 3)
+    greys = row["pictures"][:, 20, [28, 84], 0].numpy().astype(int)
     assert (np.diff(greys, axis=0) > 5).all()  # the pictures brighten by 10 a frame
     assert (greys[:, 0] > greys[:, 1]).all()  # and the rear camera shows the frame before
 

@@ -71,10 +71,10 @@ def test_onnxruntime_computes_what_the_vision_tower_does(made, in_onnx, windows)
 
 def test_the_card_says_what_the_programs_are(made, in_onnx):
     result, folder = in_onnx
-    card = json.loads((folder / "vision.json").read_text())
+    card = json.loads((folder / "programs.json").read_text())
     preprocess = made.run.manifest.preprocess
     assert (card["opset"], card["dtype"], card["from_run"]) == (20, "float32", "run")
-    assert tuple(card["grid"][axis] for axis in ("time", "height", "width")) == preprocess.grid
+    assert tuple(card["window"]["grid"][axis] for axis in ("time", "height", "width")) == preprocess.grid
     assert card["preprocess"] == preprocess.model_dump(mode="json")
     assert card["programs"] == result["programs"]
     assert [program["file"] for program in card["programs"]] == ["vision-b1.onnx", "vision-b2.onnx"]
@@ -162,7 +162,7 @@ def test_without_the_extra_the_remedy_is_named(made, monkeypatch):
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (ExportRequest("tflite"), "--format tflite: expected onnx or hf"),
+        (ExportRequest("tflite"), "--format tflite: recipe vlm is exported as hf or onnx"),
         (ExportRequest("onnx", opset=17), r"--opset 17: expected 18 to \d+"),
         (ExportRequest("onnx", dtype="int4"), "--dtype int4: ONNX programs are float32 or float16"),
     ],

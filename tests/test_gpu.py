@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from omni_cli.recipe import TrainSettings
+from omni_cli.recipes.vlm.settings import VlmTrain
 from omni_cli.samples.dataset import ALL, WindowDataset
 from omni_cli.samples.shards import open_shards
 from omni_cli.stages.bench import BenchRequest, bench
@@ -44,7 +44,7 @@ def settings(**changes):
         "warmup_ratio": 0.0,
         "workers": 0,
     }
-    return TrainSettings(**{**values, **changes})
+    return VlmTrain(**{**values, **changes})
 
 
 def test_a_bfloat16_training_steps_and_its_gradients_were_checked(made):
@@ -94,4 +94,4 @@ def loaded(made):
 def logits(recipe, model, rows, preprocess):
     device = next(model.parameters()).device
     batch = {name: value.to(device) for name, value in recipe.collate(rows, preprocess).items()}
-    return recipe.logits(model, batch, preprocess)
+    return recipe.outputs(model, batch, preprocess)

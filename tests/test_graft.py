@@ -109,12 +109,12 @@ def test_a_merger_learns_beside_an_adapter_and_is_merged_with_it(family: str, tm
     vlm.save(built, tmp_path)
     built.model.eval()
     with torch.no_grad():
-        expected = vlm.logits(built.model, batch, preprocess)
+        expected = vlm.outputs(built.model, batch, preprocess)
         again = vlm.load(preprocess, tmp_path)
-        assert torch.equal(vlm.logits(again.model, batch, preprocess), expected)
+        assert torch.equal(vlm.outputs(again.model, batch, preprocess), expected)
         with vlm.adapter_disabled(again):
-            moved = (vlm.logits(again.model, batch, preprocess) - expected).abs().max()
+            moved = (vlm.outputs(again.model, batch, preprocess) - expected).abs().max()
         merged = vlm.merge(again)
-        assert (vlm.logits(merged.model, batch, preprocess) - expected).abs().max() < 1e-4 < moved
+        assert (vlm.outputs(merged.model, batch, preprocess) - expected).abs().max() < 1e-4 < moved
     with pytest.raises(OmniError, match="asked for train_merger=False"):
         plain.load(preprocess, tmp_path)

@@ -14,9 +14,11 @@ from omni_cli.commands._subject import open_subject
 from omni_cli.errors import DataError, OmniError, UsageError
 from omni_cli.formats.physical_ai_av import CAMERA_SETS
 from omni_cli.formats.video import decode, encode_h264, probe
-from omni_cli.recipe import Prediction, Quantity, SampleSettings, TrainSettings, TuneSettings
+from omni_cli.recipe import Asked, Prediction
+from omni_cli.recipes.vlm.settings import VlmSample, VlmTrain, VlmTune
 from omni_cli.samples import views
 from omni_cli.samples.dataset import WindowDataset
+from omni_cli.samples.prompts import ANSWERED
 from omni_cli.samples.shards import open_shards
 from omni_cli.samples.sync import PlannedWindow
 from omni_cli.sources import open_source
@@ -24,9 +26,10 @@ from omni_cli.sources.quarantine import write_quarantine
 from omni_cli.sources.video_file import video_recording
 from omni_cli.stages.export import ExportRequest, export
 from omni_cli.stages.infer import Answer, InferRequest, infer, subject_of_base, subject_of_run
-from omni_cli.stages.overlay import BAND_PX, WIDTH_PX, Said, caption, write_overlay
+from omni_cli.stages.overlay import BAND_PX, WIDTH_PX, Said, write_overlay
 from tests.support.pipeline import QUIET, Made, make_run, tiny_recipe, write_synthetic
 
+SPEED = {"mean_speed_mps": 1.0}
 FOUR = CAMERA_SETS["4-cam"]
 FRONT = FOUR[0]
 
@@ -41,8 +44,8 @@ def data(tmp_path_factory):
 def short_answers(cameras: str, **sample):
     """A recipe whose answers are short and end: that is learned in 40 steps, and decoded quickly."""
     values = {"window": 4, "stride": 4, "canvas_px": 112, "labels": "speed", **sample}
-    train = TrainSettings(batch_size=4, learning_rate=2e-3, max_steps=40, gradient_checkpointing=False, workers=0)
-    return tiny_recipe(cameras=cameras, sample=SampleSettings(cameras=cameras, **values), train=train)
+    train = VlmTrain(batch_size=4, learning_rate=2e-3, max_steps=40, gradient_checkpointing=False, workers=0)
+    return tiny_recipe(cameras=cameras, sample=VlmSample(cameras=cameras, **values), train=train)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +64,7 @@ def videos(data, made, tmp_path_factory):
     folder = tmp_path_factory.mktemp("videos")
     recording = open_source("synthetic", data / "raw" / "synthetic").open(recording_ids(made)[0])
     for name in FOUR:
-        (folder / f"{name}.mp4").write_bytes(recording.cameras[name].video.read())
+        (folder / f"{name}.mp4").write_bytes(recording.cameras[name].videos[0].read())
     return {name: folder / f"{name}.mp4" for name in FOUR}
 
 
@@ -86,8 +89,8 @@ def test_a_recording_is_seen_exactly_as_in_its_shard(made):
         for window, canvases in zip(windows, views.window_canvases(recording, preprocess, windows), strict=True):
             row = dataset[seen]
             assert (row["recording"], row["start_us"], row["end_us"]) == (name, window.start_us, window.end_us)
-            assert torch.equal(row["canvases"], torch.from_numpy(canvases))
-            asked = made.recipe.prompt_row(row["canvases"], preprocess, tokenizer, row["start_speed_mps"])
+            assert torch.equal(row["pictures"], torch.from_numpy(canvases))
+            asked = made.recipe.prompt_row(row["pictures"], preprocess, tokenizer, row["start_speed_mps"])
             prompt = int((row["labels"] == -100).sum())
             assert torch.equal(row["input_ids"][:prompt], asked["input_ids"][:prompt])
             assert torch.equal(row["position_ids"][:, :prompt], asked["position_ids"][:, :prompt])
@@ -116,7 +119,7 @@ def test_its_answers_are_those_that_eval_measures(made, tmp_path):
     for line, row, prediction in zip(lines, rows, expected, strict=True):
         assert (line["clip"], line["start_us"], line["end_us"]) == (row["recording"], row["start_us"], row["end_us"])
         assert line["values"] == prediction.values
-        assert line["truth"] == {quantity.column: row[quantity.column] for quantity in made.recipe.quantities}
+        assert line["truth"] == {name: row[name] for name in ANSWERED[made.recipe.sample.labels]}
     for clip in result["clips"]:
         path = tmp_path / f"{clip['clip']}.jsonl"
         assert clip["file"] == str(path)
@@ -235,7 +238,7 @@ def test_a_model_that_is_told_its_speed_needs_a_recording(data, tmp_path):
     assert ask(made, tmp_path / "out", name)["clips"][0]["windows"] > 1
     recording = open_source("synthetic", data / "raw" / "synthetic").open(name)
     video = tmp_path / "clip.mp4"
-    video.write_bytes(recording.cameras[FRONT].video.read())
+    video.write_bytes(recording.cameras[FRONT].videos[0].read())
     with pytest.raises(DataError, match="clip: the model is told the speed at the first frame, which a plain video"):
         ask(made, tmp_path / "out", video)
 
@@ -243,7 +246,7 @@ def test_a_model_that_is_told_its_speed_needs_a_recording(data, tmp_path):
 def test_an_adapter_is_not_asked_over_another_base(made, tmp_path):
     other = made.run.manifest.model_copy(update={"base_fingerprint": "tiny:qwen2_5_vl seed 7"})
     subject = subject_of_run(type(made.run)(made.run.folder, other))
-    adapted = made.recipe.model_copy(update={"tune": TuneSettings(mode="lora")})
+    adapted = made.recipe.model_copy(update={"tune": VlmTune(mode="lora")})
     with pytest.raises(DataError, match="adapter does not match its base"):
         infer(adapted, subject, InferRequest((recording_ids(made)[0],), data=made.data, out=tmp_path), QUIET)
 
@@ -304,7 +307,7 @@ def test_the_overlay_shows_the_first_camera_in_real_time_with_the_answer(made, t
     assert np.diff(info.pts_us).tolist() == [100_000] * (info.num_frames - 1)
     recording = open_source("synthetic", made.data / "raw" / "synthetic").open(name)
     window = views.plan_views(recording, made.run.manifest.preprocess, stride=4, max_age_us=100_000)[0]
-    source = recording.cameras[FRONT].video.read()
+    source = recording.cameras[FRONT].videos[0].read()
     (_, first), *_ = decode(video, "overlay", [0], width_px=WIDTH_PX, height_px=360 + BAND_PX)
     (_, shown), *_ = decode(source, "source", [int(window.frame_index[0, 0])], width_px=WIDTH_PX, height_px=360)
     difference = np.abs(first[40:360].astype(int) - shown[40:])  # below the camera's name
@@ -319,14 +322,16 @@ def test_a_slow_camera_is_shown_again_and_the_newest_window_speaks(tmp_path):
     greys = (40, 200)
     with path.open("wb") as stream:
         encode_h264(stream, (np.full((36, 64, 3), grey, np.uint8) for grey in greys), rate_hz=Fraction(5))
-    stream = video_recording({views.MOSAIC: path}).cameras[views.MOSAIC]
+    recording = video_recording({views.MOSAIC: path})
     instants = np.arange(4) * 100_000
     frames = np.array([[0], [0], [1], [1]])
     said = [
         Said(PlannedWindow(instants[part], frames[part], frames[part]), values, {})
-        for part, values in ((slice(0, 3), {"v": 1.0}), (slice(2, 4), None))
+        for part, values in ((slice(0, 2), SPEED), (slice(1, 3), SPEED), (slice(2, 4), None))
     ]
-    write_overlay(tmp_path / "o.mp4", stream, said, [Quantity("v", "speed", "m/s")], rate_hz=10.0, decoder="pyav")
+    recipe = tiny_recipe()
+    preprocess = recipe.preprocess().model_copy(update={"num_frames": 2})
+    write_overlay(tmp_path / "o.mp4", recording, views.MOSAIC, said, stride=1, recipe=recipe, preprocess=preprocess)
     video = (tmp_path / "o.mp4").read_bytes()
     shown = [p for _, p in decode(video, "o", range(4), width_px=WIDTH_PX, height_px=360 + BAND_PX)]
     assert [round(float(p[100:300].mean()), -1) for p in shown] == [40, 40, 200, 200]
@@ -336,16 +341,16 @@ def test_a_slow_camera_is_shown_again_and_the_newest_window_speaks(tmp_path):
 
 
 def test_the_caption_of_an_answer():
-    quantities = (Quantity("v", "speed", "m/s"), Quantity("d", "displacement", "m"))
-    assert caption("model", {"v": 5.234, "d": 42.1}, quantities) == "model: speed 5.23 m/s, displacement 42.10 m"
-    assert caption("model", None, quantities) == "model: no readable answer"
-    assert caption("truth", {"v": 1.0}, quantities) == "truth: speed 1.00 m/s"
+    caption = tiny_recipe().caption
+    assert caption({"mean_speed_mps": 5.234, "displacement_m": 42.1}) == "speed 5.23 m/s, displacement 42.10 m"
+    assert caption(None) == "no readable answer"
+    assert caption({"mean_speed_mps": 1.0}) == "speed 1.00 m/s"
 
 
 def test_a_line_of_the_answers_file():
     instants = np.array([1_000_000, 1_100_000])
     window = PlannedWindow(instants, np.zeros((2, 1), np.int64), instants[:, None])
-    line = Answer(window, Prediction("Speed 5.0", {"v": 5.0}), {}).line("clip")
+    line = Answer(Asked(window, {}, {}), Prediction("Speed 5.0", {"v": 5.0})).line("clip", dict)
     assert line == {
         "clip": "clip",
         "start_us": 1_000_000,
@@ -353,7 +358,7 @@ def test_a_line_of_the_answers_file():
         "text": "Speed 5.0",
         "values": {"v": 5.0},
     }
-    assert Answer(window, Prediction("?", None), {"v": 4.0}).line("c") == {
+    assert Answer(Asked(window, {}, {"v": 4.0}), Prediction("?", None)).line("c", dict) == {
         **line,
         "clip": "c",
         "text": "?",

@@ -59,7 +59,7 @@ def test_the_merge_is_exact_and_says_so(merged):
     parity = result["parity"]
     assert parity["adapter_moves"] > 0.01
     assert parity["merged"] < 2e-5
-    assert (parity["reloaded"], parity["argmax_agrees"]) == (0.0, 1.0)
+    assert (parity["reloaded"], parity["choices_agree"]) == (0.0, 1.0)
     assert result["model"] == str(folder)
     assert json.loads(receipt_path(folder).read_text())["parity"] == parity
     assert runs.verified_folder(folder)
@@ -165,7 +165,7 @@ def test_an_adapter_that_learned_nothing_is_not_merged(on_a_folder):
     weights = {name: tensor * (0 if "lora_B" in name else 1) for name, tensor in load_file(path).items()}
     save_file(weights, path, {"format": "pt"})
     runs.seal_folder(made.run.final)
-    with pytest.raises(OmniError, match="the adapter does not change a single logit"):
+    with pytest.raises(OmniError, match="the adapter does not change a single output"):
         merge(made.recipe, made.run, MergeRequest(), QUIET)
     assert not (made.run.folder / "merged").exists()
 
@@ -199,16 +199,16 @@ def test_what_is_no_model_folder_is_named(made, folder, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"adapter_moves": 0.0}, "does not change a single logit"),
-        ({"merged": 2e-3}, "merged logits differ by 2.0e-03 .* nothing is published"),
-        ({"merged": float("inf")}, "merged logits differ by inf"),
+        ({"adapter_moves": 0.0}, "does not change a single output"),
+        ({"merged": 2e-3}, "merged outputs differ by 2.0e-03 .* nothing is published"),
+        ({"merged": float("inf")}, "merged outputs differ by inf"),
         ({"adapter_moves": 1e-5, "merged": 5e-5}, "less than the 1.0e-05 by which the adapter moves them"),
-        ({"argmax_agrees": 0.98}, "first choice agrees at 98.0% of the positions, 100% expected"),
-        ({"reloaded": 1e-7}, "logits of the written model differ by 1.0e-07"),
+        ({"choices_agree": 0.98}, "first choice agrees at 98.0% of the positions, 100% expected"),
+        ({"reloaded": 1e-7}, "outputs of the written model differ by 1.0e-07"),
     ],
 )
 def test_a_merge_that_changes_the_answers_is_refused(changes, message):
-    good = {"adapter_moves": 0.5, "merged": 1e-6, "allowed": 1e-3, "argmax_agrees": 1.0, "argmax_needed": 1.0}
+    good = {"adapter_moves": 0.5, "merged": 1e-6, "allowed": 1e-3, "choices_agree": 1.0, "choices_needed": 1.0}
     check_parity(Parity(**good, reloaded=0.0))
     with pytest.raises(OmniError, match=message):
         check_parity(Parity(**{**good, "reloaded": 0.0, **changes}))

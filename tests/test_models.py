@@ -34,7 +34,7 @@ def make_rows(vlm: Vlm, speeds: list[float]) -> list[dict[str, Any]]:
         tensors = {name: torch.tensor(values) for name, values in row.items()}
         tensors["position_ids"] = tensors["position_ids"].view(4, -1)
         pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-        rows.append({**tensors, "canvases": pixels})
+        rows.append({**tensors, "pictures": pixels})
     return rows
 
 
@@ -60,7 +60,7 @@ def test_batched_logits_equal_single_ones(family: str) -> None:
     def logits(some: list[dict[str, Any]]) -> torch.Tensor:
         batch = vlm.collate(some, preprocess)
         features = qwen_vl.video_features(
-            model, preprocess.pixel_values(batch["canvases"]), torch.tensor([preprocess.grid] * len(some))
+            model, preprocess.pixel_values(batch["pictures"]), torch.tensor([preprocess.grid] * len(some))
         )
         return qwen_vl.forward_logits(model, batch, features, torch.arange(batch["input_ids"].shape[1]))
 
@@ -112,7 +112,7 @@ def test_logits_equal_the_librarys_own_forward(family: str) -> None:
     model = vlm.build(preprocess).model.eval()
     library = librarys_own(model)
     batch = vlm.collate([row], preprocess)
-    pixels, grid = preprocess.pixel_values(batch["canvases"]), torch.tensor([preprocess.grid])
+    pixels, grid = preprocess.pixel_values(batch["pictures"]), torch.tensor([preprocess.grid])
     video = model.config.video_token_id
     with torch.no_grad():
         features = qwen_vl.video_features(model, pixels, grid)
@@ -234,7 +234,7 @@ def test_a_frozen_tower_is_outside_autograd(family: str) -> None:
     vlm = recipe(family, "lora")
     preprocess = vlm.preprocess()
     model = vlm.build(preprocess).model
-    pixels = preprocess.pixel_values(make_rows(vlm, [1.0])[0]["canvases"][None])
+    pixels = preprocess.pixel_values(make_rows(vlm, [1.0])[0]["pictures"][None])
     features = qwen_vl.video_features(model, pixels, torch.tensor([preprocess.grid]))
     assert not features.pooler_output[0].requires_grad
     full = recipe(family).build(preprocess).model
@@ -246,7 +246,7 @@ def test_blind_training_is_exactly_grey_pictures(family: str) -> None:
     blind, seeing = recipe(family, blind=True), recipe(family)
     preprocess, rows = blind.preprocess(), make_rows(blind, [3.0, 12.5])
     model = seeing.build(preprocess).model.eval()
-    grey = [{**row, "canvases": torch.full_like(row["canvases"], 128)} for row in rows]
+    grey = [{**row, "pictures": torch.full_like(row["pictures"], 128)} for row in rows]
     with torch.no_grad():
         shared = blind.loss(model, blind.collate(rows, preprocess), preprocess).total
         drawn = seeing.loss(model, seeing.collate(grey, preprocess), preprocess).total

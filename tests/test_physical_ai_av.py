@@ -93,10 +93,10 @@ def test_nvidias_devkit_reads_the_same(repository, tmp_path, monkeypatch, clip):
         pictures, times = reader.decode_images_from_timestamps(at_us)
         indices = latest_at(stream.timestamp_us, at_us)
         np.testing.assert_array_equal(stream.timestamp_us[indices], times)
-        with av.open(io.BytesIO(stream.video.read())) as container:
+        with av.open(io.BytesIO(stream.videos[0].read())) as container:
             all_frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
         np.testing.assert_array_equal(pictures, [all_frames[index] for index in indices])
-        scaled = decode(stream.video.read(), name, np.unique(indices).tolist(), width_px=160, height_px=90)
+        scaled = decode(stream.videos[0].read(), name, np.unique(indices).tolist(), width_px=160, height_px=90)
         for index, picture in scaled:  # another filter makes RGB of it
             assert np.abs(picture.astype(int) - all_frames[index]).mean() < 1.5
         reader.close()
@@ -159,7 +159,7 @@ def test_a_reader_travels_to_workers_and_names_its_origin(repository):
     source = PhysicalAiAv(repository)
     here = source.open(CLIPS[0], (FRONT,))
     there = pickle.loads(pickle.dumps(source)).open(CLIPS[0], (FRONT,))
-    assert there.cameras[FRONT].video == here.cameras[FRONT].video
+    assert there.cameras[FRONT].videos == here.cameras[FRONT].videos
     assert list(here.cameras) == [FRONT]
     assert here.provenance["licence"] == "made by omni, free to use"
     receipt = files.read_receipt(chunk_file(repository, FRONT))
@@ -312,7 +312,7 @@ def test_frames_that_an_edit_list_hides_are_no_frames(copy):
     cut = PhysicalAiAv(copy).open(CLIPS[0]).cameras[FRONT]
     with pytest.raises(DataError, match=f"cut: {num_frames - 10} frames for {num_frames} timestamps; fetch it again"):
         decode_camera("cut", cut, np.arange(num_frames), preprocess)
-    shown = CameraStream(FRONT, cut.video, whole.timestamp_us[10:])
+    shown = CameraStream(FRONT, cut.videos, whole.timestamp_us[10:])
     _, _, decoded = decode_camera("cut", shown, np.arange(num_frames - 10), preprocess)
     for (_, picture), (_, true) in zip(decoded, list(expected)[10:], strict=True):
         np.testing.assert_array_equal(picture, true)
@@ -331,7 +331,7 @@ def test_full_size_clips_are_whole(tmp_path, seconds, cameras):
     recording = PhysicalAiAv(tmp_path).open(clip_id(spec, 0, 0))
     assert set(recording.cameras) == set(cameras)
     for name, stream in recording.cameras.items():
-        info = probe(stream.video.read(), name)
+        info = probe(stream.videos[0].read(), name)
         assert (info.codec, info.width_px, info.height_px, info.num_frames) == ("h264", 1920, 1080, seconds * 30)
         assert len(stream.timestamp_us) == seconds * 30
         assert stream.calibration.model.width_px == 1920

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from omni_cli.recipes.vlm import Vlm
-from omni_cli.samples.preprocess import fit_canvas, normalise, patchify
+from omni_cli.samples.tiling import fit_canvas, normalise, patchify
 from tests.make_processor_golden import digest, seeded_frames
 
 GOLDEN = json.loads((Path(__file__).parent / "assets" / "processor_golden.json").read_text())

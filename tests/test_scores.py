@@ -7,21 +7,20 @@ from scipy import stats
 from omni_cli.scores.baselines import constant_velocity
 from omni_cli.scores.controls import swap_between_groups
 from omni_cli.scores.intervals import interval_by_recording
-from omni_cli.scores.metrics import absolute_errors, collect
+from omni_cli.scores.metrics import absolute_errors
 
 
 def test_an_unreadable_answer_scores_as_the_median_would() -> None:
-    answers = collect("v", [{"v": 3.0}, None], [4.0, 10.0], ["a", "b"])
-    assert answers.unreadable == 0.5
-    assert absolute_errors(answers, fallback=5.0).tolist() == [1.0, 5.0]
+    predicted, truth = np.array([3.0, np.nan]), np.array([4.0, 10.0])
+    assert absolute_errors(predicted, truth, fallback=5.0).tolist() == [1.0, 5.0]
 
 
 def test_constant_velocity() -> None:
-    speed, duration = np.array([2.0, -1.0]), np.array([0.7, 0.7])
-    assert constant_velocity("mean_speed_mps", speed, duration).tolist() == [2.0, -1.0]
-    assert constant_velocity("displacement_m", speed, duration) == pytest.approx([1.4, -0.7])
+    row = {"start_us": 100_000, "end_us": 800_000, "start_speed_mps": -2.0}
+    assert constant_velocity(row, ("mean_speed_mps",)) == {"mean_speed_mps": -2.0}
+    assert constant_velocity(row, ("displacement_m",)) == {"displacement_m": pytest.approx(-1.4)}
     with pytest.raises(KeyError):
-        constant_velocity("dyaw_rad", speed, duration)
+        constant_velocity(row, ("dyaw_rad",))
 
 
 def test_interval_of_independent_recordings_agrees_with_scipy() -> None:

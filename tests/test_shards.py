@@ -28,9 +28,8 @@ from omni_cli.samples.shards import (
     write_stream,
 )
 from omni_cli.samples.tables import EGO_MOTION_COLUMNS
-from omni_cli.samples.tiling import tile
 from omni_cli.samples.windows import ego_motion_tables
-from tests.support.drives import CAMERAS, drive, preprocess
+from tests.support.drives import CAMERAS, drive, preprocess, tile
 
 LAYOUT = preprocess()
 
@@ -121,7 +120,7 @@ def test_a_row_is_the_canvas_and_the_numbers_of_its_window(shards, tables):
         assert {field.name: row[field.name] for field in EGO_MOTION_COLUMNS} == {
             field.name: window[field.name] for field in EGO_MOTION_COLUMNS
         }
-        assert row["canvases"].dtype == torch.uint8
+        assert row["pictures"].dtype == torch.uint8
         frames = tables[name].frames.to_pylist()
         for instant in range(LAYOUT.num_frames):
             shown = [frames[row] for row in window["frames"][instant * 4 : instant * 4 + 4]]
@@ -130,7 +129,7 @@ def test_a_row_is_the_canvas_and_the_numbers_of_its_window(shards, tables):
                 np.frombuffer(frame["pixels"], np.uint8).reshape(frame["height_px"], frame["width_px"], 3)
                 for frame in shown
             ]
-            assert np.array_equal(row["canvases"][instant].numpy(), tile(pictures, LAYOUT))
+            assert np.array_equal(row["pictures"][instant].numpy(), tile(pictures, LAYOUT))
     with pytest.raises(IndexError, match="of"):
         dataset[len(dataset)]
 
@@ -140,14 +139,14 @@ def test_a_pickled_dataset_opens_its_own_files(shards):
     first = dataset[0]
     copy = pickle.loads(pickle.dumps(dataset))
     assert len(pickle.dumps(dataset)) < 10_000
-    assert torch.equal(copy[0]["canvases"], first["canvases"])
+    assert torch.equal(copy[0]["pictures"], first["pictures"])
 
 
 def test_loader_workers_read_the_same_rows(shards):
     dataset = WindowDataset(open_shards(shards), "val")
     loader = torch.utils.data.DataLoader(dataset, batch_size=2, num_workers=1, multiprocessing_context="forkserver")
-    canvases = torch.cat([batch["canvases"] for batch in loader])
-    assert torch.equal(canvases, torch.stack([dataset.canvases(index) for index in range(len(dataset))]))
+    canvases = torch.cat([batch["pictures"] for batch in loader])
+    assert torch.equal(canvases, torch.stack([dataset.pictures(index) for index in range(len(dataset))]))
 
 
 def test_tokens_come_from_the_sidecar_of_their_key(shards, tables):

@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from omni_cli.formats.physical_ai_av import CAMERA_SETS
-from omni_cli.samples.tiling import fit_in_cell, tile
-from tests.support.drives import preprocess
+from tests.support.drives import preprocess, tile
 
 
 def picture(level, width, height):
@@ -42,7 +41,7 @@ def test_a_tall_picture_has_its_bars_left_and_right_and_a_wide_one_above_and_bel
 def test_a_fitted_picture_fills_one_side_of_the_cell_and_keeps_its_aspect(width, height):
     layout = preprocess()
     cell = layout.cell_width_px, layout.cell_height_px
-    fitted = fit_in_cell(width, height, layout)
+    fitted = layout.fit_in_cell(width, height)
     assert fitted[0] <= cell[0]
     assert fitted[1] <= cell[1]
     assert fitted[0] == cell[0] or fitted[1] == cell[1]

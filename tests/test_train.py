@@ -17,8 +17,8 @@ from omni_cli.config import resolve
 from omni_cli.errors import DataError, OmniError, UsageError
 from omni_cli.files import exclusive, read_json, sha256_of
 from omni_cli.profiles import load_profile
-from omni_cli.recipe import SampleSettings, TrainSettings
 from omni_cli.recipes.vlm import Vlm
+from omni_cli.recipes.vlm.settings import VlmSample, VlmTrain
 from omni_cli.report import Console
 from omni_cli.samples.shards import open_shards, write_manifest
 from omni_cli.stages import checkpoints, runs
@@ -167,15 +167,17 @@ def test_other_settings_are_refused_and_fresh_starts_anew(tmp_path, shards) -> N
 
 
 def test_shards_that_do_not_fit_are_refused_with_the_right_command(tmp_path, shards) -> None:
-    wider = tiny_recipe(sample=SampleSettings(cameras="4-cam", window=4, stride=4, canvas_px=168))
-    with pytest.raises(UsageError, match=r"have canvas_width_px 112, this recipe asks for 168; .*omni etl --profile"):
+    wider = tiny_recipe(sample=VlmSample(cameras="4-cam", window=4, stride=4, canvas_px=168))
+    with pytest.raises(
+        UsageError, match=r"have canvas_width_px 112, this recipe asks for 168; .*omni etl --recipe vlm --profile"
+    ):
         train(wider, request(shards["qwen2_5_vl"], tmp_path), QUIET)
     with pytest.raises(UsageError, match=r"have cameras .*asks for camera_front_wide_120fov; "):
         train(tiny_recipe(cameras="1-cam"), request(shards["qwen2_5_vl"], tmp_path), QUIET)
 
 
 def test_a_sample_that_is_too_long_is_refused_never_cut(tmp_path, shards) -> None:
-    recipe = tiny_recipe(train=TrainSettings(max_tokens=20, gradient_checkpointing=False))
+    recipe = tiny_recipe(train=VlmTrain(max_tokens=20, gradient_checkpointing=False))
     with pytest.raises(DataError, match=r"a sample has \d+ tokens, more than train.max_tokens = 20"):
         train(recipe, request(shards["qwen2_5_vl"], tmp_path), QUIET)
 
@@ -209,7 +211,7 @@ def test_dry_run_of_another_machines_profile_touches_nothing(tmp_path) -> None:
     recipe = resolve(Vlm, [load_profile("mi300x-4bit").recipe_layer("vlm")]).value
     plan = train(recipe, request(None, tmp_path, dry_run=True, profile="mi300x-4bit"), QUIET)
     assert plan["trainable_parameters"] == 61_341_696
-    assert plan["visual_tokens_per_sample"] == 1152
+    assert plan["visual_tokens_per_window"] == 1152
     assert list(tmp_path.iterdir()) == []
 
 

@@ -45,7 +45,7 @@ def user(hub, tmp_path_factory):
     assert done.returncode == 0, done.stderr
     reader = open_source("physical_ai_av", folder / "data" / "raw" / "physical_ai_av")
     recording = reader.open(reader.recordings()[0].id, (FRONT,))
-    (folder / "clip.mp4").write_bytes(recording.cameras[FRONT].video.read())
+    (folder / "clip.mp4").write_bytes(recording.cameras[FRONT].videos[0].read())
     return folder
 
 
@@ -129,7 +129,7 @@ def test_train_with_other_cameras_than_the_shards_is_one_line_with_the_right_com
     assert done.returncode == 2
     (said,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "asks for camera_" in said
-    assert "omni etl --profile cpu-tiny" in said
+    assert "omni etl --recipe vlm --profile cpu-tiny" in said
 
 
 @pytest.mark.parametrize("verb", ["etl", "train"])

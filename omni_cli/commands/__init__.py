@@ -20,7 +20,7 @@ VERBS: Mapping[str, str] = {  # in the order of the work, then those that serve 
     "train": "Train on shards; killed and run again, it continues bit for bit.",
     "eval": "Measure a run on recordings it never saw, beside controls.",
     "merge": "Fold a run's adapter into its base, once the logits are proven to be the same.",
-    "export": "Export a run to a folder of the hub's layout, or its vision tower to ONNX.",
+    "export": "Export a run to a folder of the hub's layout, or to ONNX.",
     "infer": "Ask a model how the car moves in a clip.",
     "bench": "Measure how fast each stage is on this machine.",
     "run": "Fetch, audit, etl, train and eval in one command.",

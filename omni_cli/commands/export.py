@@ -14,11 +14,13 @@ def command(
     *,
     run: RunArgument = None,
     form: Annotated[
-        str,
+        str | None,
         typer.Option(
-            "--format", metavar="hf|onnx", help="A folder for the hub's tools, or the vision tower for ONNX runtimes."
+            "--format",
+            metavar="hf|onnx",
+            help="A folder for the hub's tools, or programs for ONNX runtimes. [default: the recipe's first]",
         ),
-    ] = "hf",
+    ] = None,
     batch: Annotated[
         str, typer.Option(metavar="1|1-8", help="Windows at once; of a range, one ONNX program each.")
     ] = "1",
@@ -29,7 +31,7 @@ def command(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Export a run to a folder of the hub's layout, or its vision tower to ONNX.
+    """Export a run to a folder of the hub's layout, or to ONNX.
 
     An adapter is merged first. What is exported is compared with the model before it is published.
     """

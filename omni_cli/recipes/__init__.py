@@ -7,7 +7,7 @@ from typing import cast
 from omni_cli.config import Settings, nearest
 from omni_cli.errors import UsageError
 
-_RECIPES: Mapping[str, str] = {"vlm": "omni_cli.recipes.vlm:Vlm"}
+_RECIPES: Mapping[str, str] = {"vlm": "omni_cli.recipes.vlm:Vlm", "distill": "omni_cli.recipes.distill:Distill"}
 
 
 def recipe_names() -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Shards as a map-style dataset: random access by memory map, canvases put together when a window is read."""
+"""Shards as a map-style dataset: random access by memory map, a window's pictures put together when it is read."""
 
 from bisect import bisect_right
 from itertools import accumulate
@@ -13,18 +13,19 @@ from torch.utils.data import Dataset
 from omni_cli.formats.video import Uint8Array
 from omni_cli.samples.preprocess import Preprocess
 from omni_cli.samples.shards import FRAME_ROWS_PER_BATCH, RecordingEntry, ShardSet
-from omni_cli.samples.tiling import tile_into
 
 ALL = "all"  # as a split: every window
+_OF_THE_PICTURES = ("frames", "timestamps_us")  # columns that say where pictures lie, for `pictures` alone
 _MAX_OPEN = 256  # recordings whose files stay mapped
 
 
 class WindowDataset(Dataset[dict[str, Any]]):
     """The windows of one split (or of `all`), ordered by recording and time.
 
-    A row is a dict: `recording` (str), every scalar column of the windows as a Python value, `canvases` uint8
-    (num_frames, height, width, 3), and with a sidecar `input_ids` and `labels` int64 (tokens,) and `position_ids`
-    int64 (4, tokens). Files open on first use, in whichever process that is; a pickled dataset opens its own.
+    A row is a dict: `recording` (str), every scalar column of the windows as a Python value, every list of targets as
+    a flat tensor, `pictures` uint8 in the window shape of the preprocessing, and with a sidecar `input_ids` and
+    `labels` int64 (tokens,) and `position_ids` int64 (4, tokens). Files open on first use, in whichever process that
+    is; a pickled dataset opens its own.
     """
 
     def __init__(self, shards: ShardSet, split: str, sidecar_key: str | None = None) -> None:
@@ -44,7 +45,7 @@ class WindowDataset(Dataset[dict[str, Any]]):
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.row(index), "canvases": self.canvases(index)}
+        return {**self.row(index), "pictures": self.pictures(index)}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}
@@ -54,10 +55,10 @@ class WindowDataset(Dataset[dict[str, Any]]):
         recording, position = self._locate(index)
         return recording.row(position)
 
-    def canvases(self, index: int) -> Tensor:
-        """Return the tiled pictures of one window, (num_frames, height, width, 3) uint8."""
+    def pictures(self, index: int) -> Tensor:
+        """Return the pictures of one window, uint8 in its window shape."""
         recording, position = self._locate(index)
-        return torch.from_numpy(recording.canvases(position, self.preprocess))
+        return torch.from_numpy(recording.pictures(position, self.preprocess))
 
     def recording_of(self, index: int) -> str:
         """Return the id of the recording that a window is from, without opening it."""
@@ -91,26 +92,27 @@ class _OpenRecording:
     def __init__(self, shards: ShardSet, entry: RecordingEntry, split: str, sidecar_key: str | None) -> None:
         self._id = entry.id
         self._windows = shards.windows(entry.id)
-        self._pictures = _Pictures(shards.frames(entry.id))
+        self._pictures = _Pictures(shards.frames(entry.id), shards.manifest.preprocess)
         self._tokens = shards.tokens(entry.id, sidecar_key) if sidecar_key else None
         self._rows = [row for row, name in enumerate(self._windows["split"].to_pylist()) if split in (name, ALL)]
-        scalar = [field.name for field in self._windows.schema if not pa.types.is_list(field.type)]
-        self._scalars = {name: self._windows[name] for name in scalar}
+        columns = [field for field in self._windows.schema if field.name not in _OF_THE_PICTURES]
+        self._scalars = {one.name: self._windows[one.name] for one in columns if not pa.types.is_list(one.type)}
+        self._lists = {one.name: self._windows[one.name] for one in columns if pa.types.is_list(one.type)}
 
     def row(self, position: int) -> dict[str, Any]:
         row = self._rows[position]
         values = {name: column[row].as_py() for name, column in self._scalars.items()}
-        return {"recording": self._id, **values, **self._token_row(row)}
+        lists = {name: torch.tensor(column[row].values.to_numpy()) for name, column in self._lists.items()}
+        return {"recording": self._id, **values, **lists, **self._token_row(row)}
 
-    def canvases(self, position: int, preprocess: Preprocess) -> Uint8Array:
+    def pictures(self, position: int, preprocess: Preprocess) -> Uint8Array:
         frames = self._windows["frames"][self._rows[position]].as_py()
-        shape = (preprocess.num_frames, preprocess.canvas_height_px, preprocess.canvas_width_px, 3)
-        canvases = np.zeros(shape, dtype=np.uint8)
-        cameras = len(preprocess.cameras)
-        for instant, canvas in enumerate(canvases):
-            pictures = [self._pictures[frame] for frame in frames[instant * cameras : (instant + 1) * cameras]]
-            tile_into(canvas, pictures, preprocess)
-        return canvases
+        window = np.zeros(preprocess.window_shape, dtype=np.uint8)
+        views = len(preprocess.views)
+        for number, instant in enumerate(window):
+            rows = frames[number * views : (number + 1) * views]
+            preprocess.place(instant, [self._pictures[row] for row in rows])
+        return window
 
     def token_lengths(self) -> list[int]:
         assert self._tokens is not None
@@ -133,15 +135,15 @@ def _count(entry: RecordingEntry, split: str) -> int:
 class _Pictures:
     """The pictures of a mapped frames table, each a view of the file."""
 
-    def __init__(self, frames: pa.Table) -> None:
-        columns = [frames[name].to_numpy().tolist() for name in ("height_px", "width_px")]
-        self._sizes = list(zip(*columns, strict=True))
+    def __init__(self, frames: pa.Table, preprocess: Preprocess) -> None:
+        columns = [frames[name].to_numpy().tolist() for name in ("width_px", "height_px")]
+        self._shapes = [preprocess.picture_shape(*size) for size in zip(*columns, strict=True)]
         self._blocks = [_block(batch["pixels"]) for batch in frames.to_batches()]
 
     def __getitem__(self, frame: int) -> Uint8Array:
         number, row = divmod(frame, FRAME_ROWS_PER_BATCH)
         data, offsets = self._blocks[number]
-        return data[offsets[row] : offsets[row + 1]].reshape(*self._sizes[frame], 3)
+        return data[offsets[row] : offsets[row + 1]].reshape(self._shapes[frame])
 
 
 def _block(pixels: pa.LargeBinaryArray) -> tuple[Uint8Array, list[int]]:

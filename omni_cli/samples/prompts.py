@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from omni_cli.samples.preprocess import Labels, Preprocess
+from omni_cli.samples.tiling import Labels, TiledPreprocess
 
 SYSTEM = "You are a driving assistant."
 VIDEO_TOKEN = "<|video_pad|>"
@@ -37,7 +37,7 @@ def camera_title(name: str) -> str:
     return re.sub(r"_\d+fov$", "", name.removeprefix("camera_")).replace("_", " ")
 
 
-def render_prompt(preprocess: Preprocess, start_speed_mps: float) -> str:
+def render_prompt(preprocess: TiledPreprocess, start_speed_mps: float) -> str:
     """Return the chat up to where the assistant speaks.
 
     Args:
@@ -48,7 +48,7 @@ def render_prompt(preprocess: Preprocess, start_speed_mps: float) -> str:
     return f"<|im_start|>system\n{SYSTEM}<|im_end|>\n{user}<|im_start|>assistant\n"
 
 
-def render_question(preprocess: Preprocess, start_speed_mps: float) -> str:
+def render_question(preprocess: TiledPreprocess, start_speed_mps: float) -> str:
     """Return what the user asks beside the video."""
     cameras = ", ".join(camera_title(name) for name in preprocess.cameras)
     question = (
@@ -60,7 +60,7 @@ def render_question(preprocess: Preprocess, start_speed_mps: float) -> str:
     return question
 
 
-def chat_template(preprocess: Preprocess) -> str:
+def chat_template(preprocess: TiledPreprocess) -> str:
     """Return the Jinja template that renders a video and a question as `render_prompt` does.
 
     The video is one placeholder, which the model's own processor repeats; Qwen3-VL's adds the marks of each grid.
@@ -94,7 +94,7 @@ def parse_answer(labels: Labels, text: str) -> dict[str, float] | None:
     return dict(zip(ANSWERED[labels], map(float, match.groups()), strict=True)) if match else None
 
 
-def sample_sentences(preprocess: Preprocess) -> list[str]:
+def sample_sentences(preprocess: TiledPreprocess) -> list[str]:
     """Return sentences from which a tokenizer of our own learns its words; numbers are left to single digits."""
     zero = {"mean_speed_mps": 0.0, "displacement_m": 0.0}
     prompts = [render_prompt(preprocess.model_copy(update={"past_speed": told}), 0.0) for told in (False, True)]
@@ -102,7 +102,7 @@ def sample_sentences(preprocess: Preprocess) -> list[str]:
     return [re.sub(r"<\|\w+\|>", " ", text) for text in prompts + answers]
 
 
-def _video_text(preprocess: Preprocess) -> str:
+def _video_text(preprocess: TiledPreprocess) -> str:
     time, height, width = preprocess.grid
     pads = VIDEO_TOKEN * (height * width // preprocess.vision.merge**2)
     if preprocess.vision.family == "qwen2_5_vl":
@@ -112,7 +112,7 @@ def _video_text(preprocess: Preprocess) -> str:
     )
 
 
-def _grid_middle_s(preprocess: Preprocess, grid: int) -> float:
+def _grid_middle_s(preprocess: TiledPreprocess, grid: int) -> float:
     """Return the middle of a grid's first and last frame in seconds, as Qwen3-VL's own processor states it."""
     frames = preprocess.vision.temporal_patch
     first = grid * frames

@@ -164,8 +164,8 @@ def safe_name(recording_id: str) -> str:
 def write_stream(table: pa.Table, stream: BinaryIO, rows_per_batch: int) -> None:
     """Write an Arrow IPC stream with a fixed number of rows a batch."""
     with pa.ipc.new_stream(stream, table.schema) as writer:
-        for batch in table.combine_chunks().to_batches(max_chunksize=rows_per_batch):
-            writer.write_batch(batch)
+        for start in range(0, table.num_rows, rows_per_batch):  # one batch in memory at a time, not the table twice
+            writer.write_table(table.slice(start, rows_per_batch).combine_chunks())
 
 
 def open_stream(path: Path) -> pa.Table:

@@ -10,12 +10,12 @@ import pyarrow as pa
 
 FRAMES = pa.schema(
     [
-        pa.field("camera", pa.string(), nullable=False),
+        pa.field("camera", pa.string(), nullable=False),  # or the view of one, where it gives several
         pa.field("frame_index", pa.int32(), nullable=False),  # in the camera's video
         pa.field("timestamp_us", pa.int64(), nullable=False),  # true time of that frame
         pa.field("width_px", pa.int32(), nullable=False),
         pa.field("height_px", pa.int32(), nullable=False),
-        pa.field("pixels", pa.large_binary(), nullable=False),  # height x width x 3 uint8 RGB
+        pa.field("pixels", pa.large_binary(), nullable=False),  # uint8; its shape: see Preprocess
     ]
 )
 
@@ -40,6 +40,30 @@ EGO_MOTION_COLUMNS = (
     pa.field("path_length_m", pa.float64(), nullable=False),
     pa.field("mean_speed_mps", pa.float64(), nullable=False),  # mean forward speed over the window, signed
     pa.field("start_speed_mps", pa.float64(), nullable=False),  # forward speed at the window's first instant
+)
+
+
+def _per_step(name: str, type_: pa.DataType) -> pa.Field:
+    return pa.field(name, pa.list_(pa.field("item", type_, nullable=False)), nullable=False)
+
+
+# Of the n steps of a window, one after the other, each at the true time of its newer frame; in calib
+STEP_COLUMNS = (
+    _per_step("driven_xy_m", pa.float32()),  # n x 33 x 2 path truly driven after the step, at the model's times
+    _per_step("driven_points", pa.int32()),  # n: how many of its points the log reaches
+    _per_step("speed_mps", pa.float32()),  # n forward
+    _per_step("yaw_rate_radps", pa.float32()),  # n left positive
+    _per_step("target_xy_m", pa.float32()),  # n x 33 x 2 path that the teacher gives
+    _per_step("target_points", pa.int32()),  # n
+    _per_step("desire_pulse", pa.int32()),  # n: the desire that began, or 0
+    _per_step("counts", pa.int32()),  # n: 1 where the step may be learned from and measured
+    _per_step("scene_is_known", pa.int32()),  # n, or nothing where the teacher does not tell of the road
+    _per_step("scene_lane_lines_m", pa.float32()),  # n x 4 x 33 x 2
+    _per_step("scene_lane_line_prob", pa.float32()),  # n x 4
+    _per_step("scene_road_edges_m", pa.float32()),  # n x 2 x 33 x 2
+    _per_step("scene_lead", pa.float32()),  # n x 3 x 4
+    _per_step("scene_lead_prob", pa.float32()),  # n x 3
+    pa.field("left_hand_traffic", pa.int32(), nullable=False),  # 0 or 1
 )
 
 

@@ -11,11 +11,10 @@ import numpy as np
 
 from omni_cli.errors import DataError
 from omni_cli.formats.video import Uint8Array
-from omni_cli.samples.labels import ego_motion_columns, motion_timestamps_us
-from omni_cli.samples.preprocess import Preprocess
-from omni_cli.samples.sync import PlannedWindow, plan_windows
-from omni_cli.samples.tiling import tile_into
-from omni_cli.samples.windows import camera_streams, decode_camera
+from omni_cli.samples.labels import ego_motion_columns
+from omni_cli.samples.sync import PlannedWindow
+from omni_cli.samples.tiling import TiledPreprocess
+from omni_cli.samples.windows import camera_streams, decode_camera, plan_cameras
 from omni_cli.scene.clock import Int64Array
 from omni_cli.scene.recording import CameraStream, Recording
 
@@ -23,7 +22,7 @@ MOSAIC = "mosaic"  # the one camera of a recording whose frames are whole canvas
 
 
 def plan_views(
-    recording: Recording, preprocess: Preprocess, *, stride: int, max_age_us: int
+    recording: Recording, preprocess: TiledPreprocess, *, stride: int, max_age_us: int
 ) -> tuple[PlannedWindow, ...]:
     """Choose the windows of a recording, exactly as `etl` does where its ego motion is known.
 
@@ -36,19 +35,12 @@ def plan_views(
     Raises:
         DataError: a camera is missing, or no window is left.
     """
-    streams = camera_streams(recording, _cameras(recording, preprocess))
-    knows_motion = has_motion(recording)
-    plan = plan_windows(
-        {name: stream.timestamp_us for name, stream in streams.items()},
-        motion_timestamps_us(recording) if knows_motion else None,
-        rate_hz=preprocess.rate_hz,
-        num_frames=preprocess.num_frames,
-        stride=stride,
-        max_age_us=max_age_us,
-    )
+    cameras = _cameras(recording, preprocess)
+    plan = plan_cameras(recording, cameras, preprocess, stride=stride, max_age_us=max_age_us)
     if not plan.windows:
         dropped = "; ".join(f"{count} dropped: {reason}" for reason, count in plan.dropped.items())
-        length_s = min((s.timestamp_us[-1] - s.timestamp_us[0]) / 1e6 for s in streams.values())
+        times = [recording.cameras[name].timestamp_us for name in cameras]
+        length_s = min((one[-1] - one[0]) / 1e6 for one in times)
         needed = f"{preprocess.num_frames} frames at {preprocess.rate_hz:g} Hz"
         raise DataError(f"{recording.id}: {length_s:.1f} s hold no window of {needed}{dropped and f' ({dropped})'}")
     return plan.windows
@@ -69,7 +61,7 @@ def known_motion(recording: Recording, windows: Sequence[PlannedWindow]) -> list
 
 
 def window_canvases(
-    recording: Recording, preprocess: Preprocess, windows: Sequence[PlannedWindow]
+    recording: Recording, preprocess: TiledPreprocess, windows: Sequence[PlannedWindow]
 ) -> Iterator[Uint8Array]:
     """Yield the canvases (num_frames, height, width, 3) of each window, in order.
 
@@ -87,9 +79,8 @@ def window_canvases(
         _reader(recording.id, stream, np.unique(index[:, :, camera]), preprocess)
         for camera, stream in enumerate(streams.values())
     ]
-    shape = (preprocess.num_frames, preprocess.canvas_height_px, preprocess.canvas_width_px, 3)
     for window in windows:
-        canvases = np.zeros(shape, dtype=np.uint8)
+        canvases = np.zeros(preprocess.window_shape, dtype=np.uint8)
         for reader, first in zip(readers, window.frame_index[0], strict=True):
             reader.forget_before(int(first))
         for canvas, frames in zip(canvases, window.frame_index, strict=True):
@@ -97,15 +88,15 @@ def window_canvases(
             if MOSAIC in streams:
                 canvas[:] = pictures[0]
             else:
-                tile_into(canvas, pictures, preprocess)
+                preprocess.place(canvas, pictures)
         yield canvases
 
 
-def _cameras(recording: Recording, preprocess: Preprocess) -> tuple[str, ...]:
+def _cameras(recording: Recording, preprocess: TiledPreprocess) -> tuple[str, ...]:
     return (MOSAIC,) if MOSAIC in recording.cameras else preprocess.cameras
 
 
-def _reader(recording_id: str, stream: CameraStream, frames: Int64Array, preprocess: Preprocess) -> "_Reader":
+def _reader(recording_id: str, stream: CameraStream, frames: Int64Array, preprocess: TiledPreprocess) -> "_Reader":
     name, is_mosaic = f"{recording_id} {stream.name}", stream.name == MOSAIC
     _, _, decoded = decode_camera(name, stream, frames, preprocess, is_mosaic=is_mosaic)
     return _Reader(decoded)

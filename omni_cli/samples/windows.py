@@ -2,18 +2,20 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 
 from omni_cli.errors import DataError
-from omni_cli.formats.video import Uint8Array, decode, probe
+from omni_cli.formats.video import Uint8Array
+from omni_cli.samples.camera_frames import camera_frames
 from omni_cli.samples.labels import ego_motion_columns, motion_timestamps_us
 from omni_cli.samples.preprocess import Preprocess
-from omni_cli.samples.sync import PlannedWindow, common_span_us, plan_windows
+from omni_cli.samples.sync import PlannedWindow, WindowPlan, common_span_us, plan_windows
 from omni_cli.samples.tables import EGO_MOTION_COLUMNS, FRAMES, ShardTables, windows_schema
-from omni_cli.samples.tiling import fit_in_cell
+from omni_cli.samples.tiling import TiledPreprocess
 from omni_cli.scene.clock import Int64Array
 from omni_cli.scene.recording import CameraStream, Recording
 
@@ -24,12 +26,12 @@ BETWEEN_SPLITS = "lies between train and val"
 class TableMaker(Protocol):
     """Cuts one recording into windows with targets; `ego_motion_tables` with its settings filled in is one."""
 
-    def __call__(self, recording: Recording, preprocess: Preprocess, *, assign_split: AssignSplit) -> ShardTables:
+    def __call__(self, recording: Recording, preprocess: Any, *, assign_split: AssignSplit) -> ShardTables:
         """Decode and cut.
 
         Args:
             recording: with the cameras of `preprocess`.
-            preprocess: cameras, canvas, time grid, decoder.
+            preprocess: the recipe's own kind.
             assign_split: (start_us, end_us) of a window -> its split, or None where it belongs to none.
 
         Raises:
@@ -37,9 +39,18 @@ class TableMaker(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class ChosenWindows:
+    """The windows of one recording that belong to a split, and how many do not count for which reason."""
+
+    windows: tuple[PlannedWindow, ...]
+    splits: tuple[str, ...]
+    dropped: dict[str, int]
+
+
 def ego_motion_tables(
     recording: Recording,
-    preprocess: Preprocess,
+    preprocess: TiledPreprocess,
     *,
     stride: int,
     max_age_us: int,
@@ -58,27 +69,53 @@ def ego_motion_tables(
         DataError: a camera or the ego motion is missing, a video is damaged, or no window is left.
     """
     streams = camera_streams(recording, preprocess.cameras)
-    times = {name: stream.timestamp_us for name, stream in streams.items()}
-    plan = plan_windows(
-        times,
-        motion_timestamps_us(recording),
-        rate_hz=preprocess.rate_hz,
-        num_frames=preprocess.num_frames,
-        stride=stride,
-        max_age_us=max_age_us,
-    )
+    chosen = choose_windows(recording, preprocess, stride=stride, max_age_us=max_age_us, assign_split=assign_split)
+    wanted = wanted_frames(chosen.windows)
+    spans_us = np.array([(window.start_us, window.end_us) for window in chosen.windows], dtype=np.int64)
+    targets = ego_motion_columns(recording, spans_us)
+    table = windows_table(chosen, frame_rows(chosen.windows, wanted), targets, EGO_MOTION_COLUMNS)
+    return ShardTables(_frames_table(recording.id, streams, wanted, preprocess), table, chosen.dropped)
+
+
+def choose_windows(
+    recording: Recording, preprocess: Preprocess, *, stride: int, max_age_us: int, assign_split: AssignSplit
+) -> ChosenWindows:
+    """Choose the windows of a recording and give each its split; arguments as for `ego_motion_tables`.
+
+    Raises:
+        DataError: a camera or the ego motion is missing, or no window is left.
+    """
+    motion_timestamps_us(recording)  # there are no targets without
+    plan = plan_cameras(recording, preprocess.cameras, preprocess, stride=stride, max_age_us=max_age_us)
     splits = [assign_split(window.start_us, window.end_us) for window in plan.windows]
     kept = [(window, split) for window, split in zip(plan.windows, splits, strict=True) if split is not None]
     dropped = Counter(plan.dropped)
     if outside := len(splits) - len(kept):
         dropped[BETWEEN_SPLITS] = outside
     if not kept:
-        raise DataError(f"{recording.id}: no window of {preprocess.num_frames} frames; {_why(dropped, times)}")
-    windows = [window for window, _ in kept]
-    wanted = _wanted_frames(windows)
-    targets = ego_motion_columns(recording, np.array([(w.start_us, w.end_us) for w in windows], dtype=np.int64))
-    table = _windows_table(windows, [split for _, split in kept], wanted, targets)
-    return ShardTables(_frames_table(recording.id, streams, wanted, preprocess), table, dict(dropped))
+        why = _why(dropped, recording, preprocess.cameras)
+        raise DataError(f"{recording.id}: no window of {preprocess.num_frames} frames; {why}")
+    return ChosenWindows(tuple(window for window, _ in kept), tuple(split for _, split in kept), dict(dropped))
+
+
+def plan_cameras(
+    recording: Recording, cameras: Sequence[str], preprocess: Preprocess, *, stride: int, max_age_us: int
+) -> WindowPlan:
+    """Choose the windows in which all these cameras see, and the motion is known if any of it is; else as above.
+
+    Raises:
+        DataError: a camera is missing.
+    """
+    streams = camera_streams(recording, cameras)
+    motion = recording.ego or recording.speed
+    return plan_windows(
+        {name: stream.timestamp_us for name, stream in streams.items()},
+        None if motion is None else motion.timestamp_us,
+        rate_hz=preprocess.rate_hz,
+        num_frames=preprocess.num_frames,
+        stride=stride,
+        max_age_us=max_age_us,
+    )
 
 
 def span_us(recording: Recording, cameras: Sequence[str]) -> tuple[int, int]:
@@ -105,7 +142,8 @@ def camera_streams(recording: Recording, cameras: Sequence[str]) -> dict[str, Ca
     return streams
 
 
-def _why(dropped: Mapping[str, int], times: Mapping[str, Int64Array]) -> str:
+def _why(dropped: Mapping[str, int], recording: Recording, cameras: Sequence[str]) -> str:
+    times = {name: recording.cameras[name].timestamp_us for name in cameras}
     if dropped:
         return "dropped: " + ", ".join(f"{count} because {reason}" for reason, count in sorted(dropped.items()))
     shortest = min(times, key=lambda name: int(times[name][-1] - times[name][0]))
@@ -113,41 +151,50 @@ def _why(dropped: Mapping[str, int], times: Mapping[str, Int64Array]) -> str:
     return f"cameras and ego motion overlap too little ({shortest} lasts {length_s:.1f} s); lower --window"
 
 
-def _wanted_frames(windows: Sequence[PlannedWindow]) -> list[Int64Array]:
+def wanted_frames(windows: Sequence[PlannedWindow]) -> list[Int64Array]:
     """Return, for each camera, the frames that any window looks at, ascending."""
     index = np.stack([window.frame_index for window in windows])
     return [np.unique(index[:, :, camera]) for camera in range(index.shape[2])]
 
 
-def _windows_table(
-    windows: Sequence[PlannedWindow],
-    splits: Sequence[str],
-    wanted: Sequence[Int64Array],
-    targets: Mapping[str, np.ndarray],
+def windows_table(
+    chosen: ChosenWindows, frames: Sequence[Int64Array], targets: Mapping[str, Any], columns: Sequence[pa.Field]
 ) -> pa.Table:
-    first_row = np.concatenate([[0], np.cumsum([len(frames) for frames in wanted])])[:-1]
-    columns = {
+    """Return the windows of one recording.
+
+    Args:
+        chosen: the windows.
+        frames: of each window the rows of the frames table, time-major.
+        targets: by column, one value a window.
+        columns: of the targets.
+    """
+    windows = chosen.windows
+    values = {
         "window": np.arange(len(windows), dtype=np.int32),
         "start_us": [window.start_us for window in windows],
         "end_us": [window.end_us for window in windows],
-        "split": list(splits),
-        "frames": [_frame_rows(window, wanted, first_row) for window in windows],
+        "split": list(chosen.splits),
+        "frames": list(frames),
         "timestamps_us": [window.timestamp_us.ravel() for window in windows],
         "max_age_us": [window.max_age_us for window in windows],
         "max_skew_us": [window.max_skew_us for window in windows],
         **targets,
     }
-    return pa.table(columns, schema=windows_schema(EGO_MOTION_COLUMNS))
+    return pa.table(values, schema=windows_schema(tuple(columns)))
 
 
-def _frame_rows(window: PlannedWindow, wanted: Sequence[Int64Array], first_row: Int64Array) -> Int64Array:
-    """Return the rows of `frames` that a window looks at, time-major."""
-    columns = [np.searchsorted(frames, window.frame_index[:, camera]) for camera, frames in enumerate(wanted)]
-    return np.asarray((np.stack(columns, axis=1) + first_row).ravel().astype(np.int32))
+def frame_rows(windows: Sequence[PlannedWindow], wanted: Sequence[Int64Array]) -> list[Int64Array]:
+    """Return for each window the rows of a frames table that holds `wanted` camera after camera, time-major."""
+    first_row = np.concatenate([[0], np.cumsum([len(frames) for frames in wanted])])[:-1]
+    rows = []
+    for window in windows:
+        columns = [np.searchsorted(frames, window.frame_index[:, camera]) for camera, frames in enumerate(wanted)]
+        rows.append(np.asarray((np.stack(columns, axis=1) + first_row).ravel().astype(np.int32)))
+    return rows
 
 
 def _frames_table(
-    recording_id: str, streams: Mapping[str, CameraStream], wanted: Sequence[Int64Array], preprocess: Preprocess
+    recording_id: str, streams: Mapping[str, CameraStream], wanted: Sequence[Int64Array], preprocess: TiledPreprocess
 ) -> pa.Table:
     parts = [
         _camera_frames(f"{recording_id} {stream.name}", stream, frames, preprocess)
@@ -156,24 +203,38 @@ def _frames_table(
     return pa.concat_tables(parts)
 
 
-def _camera_frames(name: str, stream: CameraStream, frames: Int64Array, preprocess: Preprocess) -> pa.Table:
+def _camera_frames(name: str, stream: CameraStream, frames: Int64Array, preprocess: TiledPreprocess) -> pa.Table:
     width, height, decoded = decode_camera(name, stream, frames, preprocess)
     pictures = np.empty((len(frames), height, width, 3), dtype=np.uint8)
     for row, (_, picture) in enumerate(decoded):
         pictures[row] = picture
+    return frames_table(stream.name, frames, stream.timestamp_us[frames], (width, height), pictures)
+
+
+def frames_table(
+    view: str, frames: Int64Array, timestamp_us: Int64Array, size_px: tuple[int, int], pictures: Uint8Array
+) -> pa.Table:
+    """Return the frames of one view.
+
+    Args:
+        view: its name.
+        frames: (n,) index of each in its camera's video.
+        timestamp_us: (n,) its true time.
+        size_px: width and height.
+        pictures: (n, ...) uint8.
+    """
     columns = [
-        pa.array([stream.name] * len(frames), pa.string()),
+        pa.array([view] * len(frames), pa.string()),
         pa.array(frames, pa.int32()),
-        pa.array(stream.timestamp_us[frames], pa.int64()),
-        pa.array(np.full(len(frames), width, dtype=np.int32)),
-        pa.array(np.full(len(frames), height, dtype=np.int32)),
+        pa.array(timestamp_us, pa.int64()),
+        *(pa.array(np.full(len(frames), side, dtype=np.int32)) for side in size_px),
         _binary_column(pictures),
     ]
     return pa.Table.from_arrays(columns, schema=FRAMES)
 
 
 def decode_camera(
-    name: str, stream: CameraStream, frames: Int64Array, preprocess: Preprocess, *, is_mosaic: bool = False
+    name: str, stream: CameraStream, frames: Int64Array, preprocess: TiledPreprocess, *, is_mosaic: bool = False
 ) -> tuple[int, int, Iterator[tuple[int, Uint8Array]]]:
     """Decode frames of one camera at the size that they have on the canvas.
 
@@ -190,20 +251,16 @@ def decode_camera(
     Raises:
         DataError: the video is damaged, or is not as long as its timestamps.
     """
-    video = stream.video.read()
-    info = probe(video, name)
-    if info.num_frames != len(stream.timestamp_us):
-        raise DataError(f"{name}: {info.num_frames} frames for {len(stream.timestamp_us)} timestamps; fetch it again")
+    camera = camera_frames(name, stream)
     width, height = preprocess.canvas_width_px, preprocess.canvas_height_px
     if not is_mosaic:
-        width, height = fit_in_cell(info.width_px, info.height_px, preprocess)
-    wanted = [int(index) for index in frames]
-    decoded = decode(video, name, wanted, width_px=width, height_px=height, decoder=preprocess.decoder, info=info)
+        width, height = preprocess.fit_in_cell(*camera.size_px)
+    decoded = camera.decode(frames.tolist(), width_px=width, height_px=height, decoder=preprocess.decoder)
     return width, height, decoded
 
 
 def _binary_column(pictures: np.ndarray) -> pa.Array:
-    """Wrap pictures (n, height, width, 3) as n binary values without copying them."""
+    """Wrap pictures (n, ...) as n binary values without copying them."""
     size = pictures[0].nbytes
     offsets = np.arange(len(pictures) + 1, dtype=np.int64) * size
     buffers = [None, pa.py_buffer(offsets), pa.py_buffer(pictures)]

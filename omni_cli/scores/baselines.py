@@ -1,17 +1,21 @@
 """What a model must beat: answers that need no picture."""
 
-from omni_cli.scene.clock import Float64Array
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from omni_cli.scene.clock import MICROSECONDS_PER_SECOND
 
 
-def constant_velocity(column: str, start_speed_mps: Float64Array, duration_s: Float64Array) -> Float64Array:
-    """Return what follows if the speed at the first instant never changed.
+def constant_velocity(row: Mapping[str, Any], columns: Sequence[str]) -> dict[str, float]:
+    """Return what follows if the speed at the first instant of a window never changed.
 
     Args:
-        column: `mean_speed_mps` or `displacement_m`.
-        start_speed_mps: (n,) forward speed at the window's first instant.
-        duration_s: (n,) from the first to the last instant.
+        row: the window, with `start_us`, `end_us` and `start_speed_mps`.
+        columns: `mean_speed_mps` or `displacement_m`.
 
     Raises:
-        KeyError: constant velocity says nothing about that column.
+        KeyError: constant velocity says nothing about a column.
     """
-    return {"mean_speed_mps": start_speed_mps, "displacement_m": start_speed_mps * duration_s}[column]
+    speed_mps, duration_s = row["start_speed_mps"], (row["end_us"] - row["start_us"]) / MICROSECONDS_PER_SECOND
+    said = {"mean_speed_mps": speed_mps, "displacement_m": speed_mps * duration_s}
+    return {column: said[column] for column in columns}

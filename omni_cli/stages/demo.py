@@ -98,7 +98,7 @@ def demo(make_recipe: RecipeMaker, request: DemoRequest, console: Console) -> di
     for run_name, report, recipe in (("base", base_eval, base), (name, adapter_eval, adapter)):
         console.table(
             f"{run_name}: {report['windows']} windows of {report['recordings']} drives it never saw",
-            *table_of(report, recipe.quantities),
+            *table_of(report, recipe.metrics),
         )
     minutes = (time.monotonic() - started) / 60
     console.say(_farewell(adapter_eval, made, request.folder, minutes))

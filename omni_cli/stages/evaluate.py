@@ -4,7 +4,7 @@ Every metric stands beside what needs no picture (the train set's median, consta
 same model shown the pictures of another recording, or its first frame again and again, and a twin trained blind.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -14,12 +14,13 @@ from torch import Tensor
 
 from omni_cli import __version__, files
 from omni_cli.errors import DataError
-from omni_cli.recipe import BuiltModel, Evaluable, Prediction, Quantity
+from omni_cli.recipe import BuiltModel, Evaluable, Metric, Pair, Prediction, Row
 from omni_cli.report import Console
 from omni_cli.samples.dataset import WindowDataset
 from omni_cli.samples.preprocess import Preprocess
 from omni_cli.samples.shards import ShardSet, open_shards
-from omni_cli.scores import baselines, controls, intervals, metrics
+from omni_cli.scene.clock import Float64Array
+from omni_cli.scores import controls, intervals
 from omni_cli.stages import models, pictures, runs
 from omni_cli.stages.etl import ensure_sidecar
 from omni_cli.stages.train import TrainableRecipe, check_fit, train_in
@@ -50,10 +51,11 @@ class Condition:
     """One row of the table: a name, and what was said of each window."""
 
     name: str
-    answers: dict[str, metrics.Answers]  # by target column
+    predictions: Sequence[Prediction]
 
 
 Pictures = Callable[[int], Tensor]
+Errors = Mapping[str, Float64Array]
 
 
 def evaluate(recipe: Any, run: runs.Run, request: EvalRequest, console: Console) -> dict[str, Any]:
@@ -78,7 +80,7 @@ def evaluate(recipe: Any, run: runs.Run, request: EvalRequest, console: Console)
         else:
             _measure(recipe, run, _dataset(shards, split, recipe, console), twin_learns_from, console)
             runs.seal_folder(folder, **facts)
-    return _result(run, shards, folder, recipe.quantities, console)
+    return _result(run, shards, folder, recipe, console)
 
 
 def _measure(
@@ -91,9 +93,11 @@ def _measure(
     conditions = _conditions(recipe, run, dataset, console)
     if twin_learns_from is not None:
         conditions.append(_blind_twin(recipe, run, twin_learns_from, dataset, console))
-    conditions += _baselines(recipe, dataset, learned)
-    report = _report(recipe, run, dataset, conditions, learned)
-    _publish(run.folder / EVAL, run, dataset, conditions[0], report, quantities=recipe.quantities)
+    rows = [dataset.row(index) for index in range(len(dataset))]
+    said = recipe.baselines(rows, learned.medians)
+    conditions += [Condition(name, predictions) for name, predictions in said.items()]
+    report = _report(recipe, run, dataset, Scored(recipe, rows, learned, conditions))
+    _publish(run, dataset, report, recipe, recipe.pairs(conditions[0].predictions, rows))
 
 
 def _is_own(run: runs.Run, shards: ShardSet) -> bool:
@@ -113,16 +117,14 @@ def _facts(run: runs.Run, shards: ShardSet, split: str, *, blind: bool) -> dict[
     return {"version": __version__, "run_weights": weights, "shards": fingerprint, "split": split, "blind": blind}
 
 
-def _result(
-    run: runs.Run, shards: ShardSet, folder: Path, quantities: Sequence[Quantity], console: Console
-) -> dict[str, Any]:
+def _result(run: runs.Run, shards: ShardSet, folder: Path, recipe: Any, console: Console) -> dict[str, Any]:
     """Show a published report, and return it with the paths as they are now."""
     report = {**files.read_json(folder / REPORT_FILE), "run": str(run.folder), "shards": str(shards.folder)}
     marked = " (split by time inside each recording)" if report["split_rule"] == "time" else ""
     title = f"{run.name} on {report['windows']} windows of {report['recordings']} recordings{marked}"
-    console.table(title, *table_of(report, quantities))
+    console.table(title, *table_of(report, [metric for metric in recipe.metrics if metric.is_shown]))
     if unreadable := report["conditions"][0]["unreadable"]:
-        console.warn(f"{unreadable:.1%} of the model's answers could not be read; they count as the constant median")
+        console.warn(f"{unreadable:.1%} of the answers could not be read; they count as the {recipe.reference}")
     page, drawn = folder / "report.html", sorted(folder.glob("*.png"))
     console.say(f"report {page}")
     return {**report, "report": str(page), "pictures": [str(path) for path in drawn]}
@@ -160,15 +162,13 @@ def check_leak(dataset: WindowDataset, learned: runs.Learned, *, is_own: bool) -
 def _conditions(recipe: Any, run: runs.Run, dataset: WindowDataset, console: Console) -> list[Condition]:
     asker = Asker(recipe, _load(recipe, dataset.preprocess, run.final), dataset, console)
     groups = _groups(dataset)
-    shown: dict[str, Pictures] = {"model": dataset.canvases}
+    shown: dict[str, Pictures] = {"model": dataset.pictures}
     if len(set(groups)) > 1:
         swapped = controls.swap_between_groups(groups)
-        shown["pictures swapped"] = lambda index: dataset.canvases(int(swapped[index]))
+        shown["pictures swapped"] = lambda index: dataset.pictures(int(swapped[index]))
     else:
         console.warn(f"no control with swapped pictures: all windows are of {_BLOCK_US / 1e6:g} s of one recording")
-    shown["first frame repeated"] = lambda index: dataset.canvases(index)[:1].expand(
-        dataset.preprocess.num_frames, -1, -1, -1
-    )
+    shown["first frame repeated"] = lambda index: dataset.pictures(index)[:1].expand(dataset.preprocess.window_shape)
     return [asker.ask(name, see) for name, see in shown.items()]
 
 
@@ -190,7 +190,7 @@ def _blind_twin(recipe: Any, run: runs.Run, own: ShardSet, dataset: WindowDatase
     with files.exclusive(folder, "training in"):
         train_in(folder, twin, own, run.manifest.profile, console)
     built = _load(twin, dataset.preprocess, folder / runs.FINAL)
-    return Asker(twin, built, dataset, console).ask("trained blind", dataset.canvases)
+    return Asker(twin, built, dataset, console).ask("trained blind", dataset.pictures)
 
 
 @dataclass(frozen=True)
@@ -208,40 +208,58 @@ class Asker:
         with self.console.progress(f"eval: {name}", len(self.dataset), "windows") as bar:
             for start in range(0, len(self.dataset), _BATCH):
                 block = range(start, min(start + _BATCH, len(self.dataset)))
-                rows = [{**self.dataset.row(index), "canvases": see(index)} for index in block]
+                rows = [{**self.dataset.row(index), "pictures": see(index)} for index in block]
                 said += self.recipe.predict(self.built, rows, self.dataset.preprocess)
                 bar.advance(len(block))
-        return _condition(name, self.recipe.quantities, self.dataset, [prediction.values for prediction in said])
+        return Condition(name, said)
 
 
-def _condition(name: str, quantities: Sequence[Quantity], dataset: WindowDataset, values: Sequence[Any]) -> Condition:
-    rows = [dataset.row(index) for index in range(len(dataset))]
-    recordings = [row["recording"] for row in rows]
-    answers = {
-        quantity.column: metrics.collect(quantity.column, values, [row[quantity.column] for row in rows], recordings)
-        for quantity in quantities
+@dataclass(frozen=True)
+class Scored:
+    """How wrong each condition is, beside the reference."""
+
+    recipe: Any
+    rows: Sequence[Row]
+    learned: runs.Learned
+    conditions: Sequence[Condition]
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Return the scores of each condition, as a report holds them."""
+        errors = {one.name: self._errors(one) for one in self.conditions}
+        reference = errors[self.recipe.reference]
+        return [self._line(one, errors[one.name], reference) for one in self.conditions]
+
+    def _errors(self, condition: Condition) -> Errors:
+        errors: Errors = self.recipe.errors(condition.predictions, self.rows, self.learned.medians)
+        return errors
+
+    def _line(self, condition: Condition, errors: Errors, reference: Errors) -> dict[str, Any]:
+        recordings = np.array([row["recording"] for row in self.rows])
+        unreadable = float(np.mean([prediction.values is None for prediction in condition.predictions]))
+        line: dict[str, Any] = {"name": condition.name, "unreadable": unreadable}
+        for metric in self.recipe.metrics:
+            is_compared = np.isfinite(reference[metric.key])
+            is_compared |= not is_compared.any()  # what the reference never states stands by itself
+            both = np.isfinite(errors[metric.key]) & is_compared
+            values, against = errors[metric.key][both], reference[metric.key][both]
+            line |= _summary(metric.key, values, against, recordings[both].tolist())
+        return line
+
+
+def _summary(key: str, values: Float64Array, reference: Float64Array, recordings: Sequence[str]) -> dict[str, Any]:
+    """Return a metric's mean over windows, its interval and its share of the reference's; None where nothing counts."""
+    if not len(values):
+        return {key: None, f"{key}_interval": None, f"{key}_of_reference": None, f"{key}_windows": 0}
+    return {
+        key: float(values.mean()),
+        f"{key}_interval": intervals.interval_by_recording(values, recordings),
+        f"{key}_of_reference": float(values.mean() / reference.mean()) if reference.mean() > 0 else None,
+        f"{key}_windows": len(values),
     }
-    return Condition(name, answers)
 
 
-def _baselines(recipe: Any, dataset: WindowDataset, learned: runs.Learned) -> list[Condition]:
-    columns = [quantity.column for quantity in recipe.quantities]
-    medians = {column: learned.medians[column] for column in columns}
-    result = [_condition("constant median", recipe.quantities, dataset, [medians] * len(dataset))]
-    if dataset.preprocess.past_speed:
-        rows = [dataset.row(index) for index in range(len(dataset))]
-        speed = np.array([row["start_speed_mps"] for row in rows])
-        duration = np.array([(row["end_us"] - row["start_us"]) / 1e6 for row in rows])
-        said = {column: baselines.constant_velocity(column, speed, duration) for column in columns}
-        values = [{column: float(said[column][i]) for column in columns} for i in range(len(rows))]
-        result.append(_condition("constant velocity", recipe.quantities, dataset, values))
-    return result
-
-
-def _report(
-    recipe: Any, run: runs.Run, dataset: WindowDataset, conditions: Sequence[Condition], learned: runs.Learned
-) -> dict[str, Any]:
-    manifest = dataset.shards.manifest
+def _report(recipe: Any, run: runs.Run, dataset: WindowDataset, scored: Scored) -> dict[str, Any]:
+    manifest, learned = dataset.shards.manifest, scored.learned
     return {
         "run": str(run.folder),
         "recipe": recipe.name,
@@ -251,55 +269,42 @@ def _report(
         "windows": len(dataset),
         "recordings": len(dataset.entries),
         "learned_from": {"windows": learned.windows, "recordings": len(learned.recordings)},
-        "conditions": [
-            {"name": condition.name, **_scores(condition, recipe.quantities, learned)} for condition in conditions
-        ],
+        "reference": recipe.reference,
+        "conditions": scored.lines(),
     }
 
 
-def _scores(condition: Condition, quantities: Sequence[Quantity], learned: runs.Learned) -> dict[str, Any]:
-    first = condition.answers[quantities[0].column]
-    scores: dict[str, Any] = {"unreadable": first.unreadable}
-    for quantity in quantities:
-        answers, median = condition.answers[quantity.column], learned.medians[quantity.column]
-        errors = metrics.absolute_errors(answers, median)
-        constant = float(np.abs(answers.truth - median).mean())
-        scores[f"{quantity.title}_mae"] = float(errors.mean())
-        scores[f"{quantity.title}_interval"] = intervals.interval_by_recording(errors, answers.recordings)
-        scores[f"{quantity.title}_of_constant"] = float(errors.mean()) / constant if constant else None
-    return scores
-
-
-def _publish(
-    folder: Path,
-    run: runs.Run,
-    dataset: WindowDataset,
-    model: Condition,
-    report: dict[str, Any],
-    *,
-    quantities: Sequence[Quantity],
-) -> None:
+def _publish(run: runs.Run, dataset: WindowDataset, report: dict[str, Any], recipe: Any, pairs: Sequence[Pair]) -> None:
     """Write the numbers and the pictures beside the run."""
+    folder = run.folder / EVAL
     files.receipt_path(folder).unlink(missing_ok=True)
     files.write_json(folder / REPORT_FILE, report)
-    drawn = pictures.evaluation_pictures(folder, run.folder, dataset, model.answers, quantities)
-    pictures.write_html(folder / "report.html", report, *table_of(report, quantities), drawn)
+    drawn = pictures.evaluation_pictures(folder, run.folder, dataset, pairs)
+    pictures.write_html(folder / "report.html", report, *table_of(report, recipe.metrics), drawn)
 
 
-def table_of(report: dict[str, Any], quantities: Sequence[Quantity]) -> tuple[list[str], list[list[str]]]:
+def table_of(report: dict[str, Any], metrics: Sequence[Metric]) -> tuple[list[str], list[list[str]]]:
     """Return the header and the rows of an evaluation's table."""
     header = ["condition"]
-    for quantity in quantities:
-        header += [f"{quantity.title} MAE [{quantity.unit}]", "95 % interval", "/ constant"]
+    for metric in metrics:
+        header += [
+            f"{metric.title} [{metric.unit}]" if metric.unit else metric.title,
+            "95 % interval",
+            f"/ {report['reference']}",
+        ]
     header.append("unreadable")
-    return header, [_table_row(scores, quantities) for scores in report["conditions"]]
+    return header, [_table_row(scores, metrics) for scores in report["conditions"]]
 
 
-def _table_row(scores: dict[str, Any], quantities: Sequence[Quantity]) -> list[str]:
+def _table_row(scores: dict[str, Any], metrics: Sequence[Metric]) -> list[str]:
     row = [scores["name"]]
-    for quantity in quantities:
-        interval, ratio = scores[f"{quantity.title}_interval"], scores[f"{quantity.title}_of_constant"]
-        row.append(f"{scores[f'{quantity.title}_mae']:.2f}")
+    for key in [metric.key for metric in metrics]:
+        interval = scores[f"{key}_interval"]
+        row.append(_number(scores[key]))
         row.append("n/a" if interval is None else f"{interval[0]:.2f} .. {interval[1]:.2f}")
-        row.append("n/a" if ratio is None else f"{ratio:.2f}")
+        row.append(_number(scores[f"{key}_of_reference"]))
     return [*row, f"{scores['unreadable']:.1%}"]
+
+
+def _number(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.2f}"

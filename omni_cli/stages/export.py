@@ -1,32 +1,31 @@
-"""`omni export`: a run as a folder for the hub's own tools, or its vision tower as ONNX for a fixed rig of cameras."""
+"""`omni export`: a run as a folder for the hub's own tools, or as ONNX programs that were compared with the model."""
 
 import copy
 import importlib
 import importlib.util
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from omni_cli import files
 from omni_cli.errors import OmniError, UsageError
-from omni_cli.models.vision_tower import write_onnx
-from omni_cli.recipe import BuiltModel, Exportable, ExportedPart, require
+from omni_cli.models.onnx_write import write_onnx
+from omni_cli.recipe import BuiltModel, Exportable, Program, require
 from omni_cli.report import Console
-from omni_cli.samples.preprocess import Preprocess
 from omni_cli.stages import models, runs
 from omni_cli.stages.merge import MergeRequest, merge
 
-FORMATS = ("onnx", "hf")
 ONNX_CARD = models.ONNX_CARD
 _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 _LOWEST_OPSET = 18  # torch leaves a program at 18 without a word where less is asked for
-_SEED = 20_261
 # Largest difference of an output from torch in float32, as a share of the largest output.
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 _TOLERANCE = {"float32": 1e-4, "float16": 2e-2}
@@ -36,10 +35,10 @@ _TOLERANCE = {"float32": 1e-4, "float16": 2e-2}
 class ExportRequest:
     """What a user asked of `omni export`."""
 
-    format: str = "hf"
+    format: str | None = None  # None: the first that the recipe has
     out: Path | None = None  # None: RUN/export/FORMAT
     opset: int = 20
-    batches: tuple[int, ...] = (1,)  # one ONNX file for each number of windows: the grid is fixed inside it
+    batches: tuple[int, ...] = (1,)  # numbers of windows; one ONNX file each where the recipe fixes them inside it
     dtype: str = "float32"  # of the ONNX program's weights and input
 
 
@@ -51,15 +50,16 @@ def export(recipe: Any, run: runs.Run, request: ExportRequest, console: Console)
         OmniError: the exported program answers otherwise; nothing is published.
     """
     exportable: Exportable = require(recipe, Exportable)  # type: ignore[type-abstract]  # a protocol names it
-    if request.format not in FORMATS:
-        raise UsageError(f"--format {request.format}: expected {' or '.join(FORMATS)}")
-    folder = request.out or run.folder / "export" / request.format
-    facts = {"run_weights": models.weights_key(run), "asked": _asked(request)}
+    known, form = exportable.export_formats, request.format or exportable.export_formats[0]
+    if form not in known:
+        raise UsageError(f"--format {form}: recipe {run.manifest.recipe} is exported as {' or '.join(known)}")
+    folder = request.out or run.folder / "export" / form
+    facts = {"run_weights": models.weights_key(run), "asked": _asked(form, request)}
     if done := models.made_from(folder, **facts):
         console.say(f"{folder} is exported from these weights; nothing to do")
         return {"export": str(folder), "run": str(run.folder), **done["result"]}
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if request.format == "hf":
+    if form == "hf":
         result = _export_hf(folder, exportable, run, console)
     else:
         result = _export_onnx(folder, exportable, run, request, console)
@@ -80,15 +80,10 @@ def parse_batches(text: str) -> tuple[int, ...]:
     return tuple(range(int(first), int(last or first) + 1))
 
 
-def _asked(request: ExportRequest) -> dict[str, Any]:
-    if request.format == "hf":
-        return {"format": "hf"}
-    return {
-        "format": "onnx",
-        "opset": request.opset,
-        "batches": list(request.batches),
-        "dtype": request.dtype,
-    }
+def _asked(form: str, request: ExportRequest) -> dict[str, Any]:
+    if form == "hf":
+        return {"format": form}
+    return {"format": form, "opset": request.opset, "batches": list(request.batches), "dtype": request.dtype}
 
 
 def _export_hf(folder: Path, recipe: Exportable, run: runs.Run, console: Console) -> dict[str, Any]:
@@ -107,20 +102,24 @@ def _export_hf(folder: Path, recipe: Exportable, run: runs.Run, console: Console
 def _export_onnx(
     folder: Path, recipe: Exportable, run: runs.Run, request: ExportRequest, console: Console
 ) -> dict[str, Any]:
-    """Write one program a batch size, each compared with torch on seeded windows before it is published."""
-    runtime = _check_onnx(request)
+    """Write the recipe's programs, each compared with torch on seeded inputs before any is published."""
+    runtime, preprocess = _check_onnx(request), run.manifest.preprocess
     built = _load(recipe, run)
+    planned = recipe.programs(built, preprocess, request.batches)
     with models.publish_folder(folder, "exporting to") as made:
-        writer = _Writer(recipe, built, run.manifest.preprocess, request, runtime, made)
-        programs = []
-        with console.progress("export", len(request.batches), "programs") as bar:
-            for batch in request.batches:
-                programs.append(writer.write(batch))
+        written = []
+        with console.progress("export", len(planned), "programs") as bar:
+            for program in planned:
+                written.append(_write(program, made, request, runtime))
                 bar.advance()
-        files.write_json(made / ONNX_CARD, _onnx_card(run, request, programs))
-    worst = max(program["max_difference"] for program in programs)
-    console.say(f"{len(programs)} programs, outputs differ from torch by {worst:.1e} at most")
-    return {"format": "onnx", "programs": programs}
+        run_program = partial(_run_named, cache(partial(_session, runtime, made)), _DTYPES[request.dtype])
+        rehearsed = dict(recipe.rehearse(built, planned, run_program, request.dtype))
+        files.write_json(made / ONNX_CARD, _onnx_card(run, request, written, rehearsed))
+    worst = max(program["max_difference"] for program in written)
+    console.say(f"{len(written)} programs, outputs differ from torch by {worst:.1e} at most")
+    for what, difference in rehearsed.items():
+        console.say(f"{what}: differs by {difference:.1e} at most")
+    return {"format": "onnx", "programs": written, "rehearsed": rehearsed}
 
 
 def _load(recipe: Exportable, run: runs.Run) -> BuiltModel:
@@ -148,45 +147,48 @@ def _check_onnx(request: ExportRequest) -> Any:
     return runtime
 
 
-@dataclass(frozen=True)
-class _Writer:
-    """Writes the programs of one export."""
-
-    recipe: Exportable
-    built: BuiltModel
-    preprocess: Preprocess
-    request: ExportRequest
-    runtime: Any
-    folder: Path
-
-    def write(self, batch: int) -> dict[str, Any]:
-        """Write and compare the program for one number of windows; return its facts."""
-        request, dtype = self.request, _DTYPES[self.request.dtype]
-        pixels = self.recipe.export_pixels(_noise(batch, self.preprocess), self.preprocess)
-        part = self.recipe.export_part(self.built, self.preprocess, batch)
-        with torch.no_grad():
-            expected = [output.numpy() for output in part.module(pixels)]
-        path = self.folder / f"vision-b{batch}.onnx"
-        module = copy.deepcopy(part.module).to(dtype)  # the next batch size starts from the true weights again
-        write_onnx(module, part.example.to(dtype), part.input_name, part.output_names, path, opset=request.opset)
-        found = _run(self.runtime, path, part, pixels.to(dtype).numpy())
-        return {
-            "file": path.name,
-            "windows": batch,
-            "inputs": {part.input_name: list(pixels.shape)},
-            "outputs": {name: list(array.shape) for name, array in zip(part.output_names, found, strict=True)},
-            **compare_outputs(found, expected, _TOLERANCE[request.dtype]),
-        }
+def _write(program: Program, folder: Path, request: ExportRequest, runtime: Any) -> dict[str, Any]:
+    """Write and compare one program; return its facts."""
+    dtype, path = _DTYPES[request.dtype], folder / f"{program.name}.onnx"
+    with torch.no_grad():
+        expected = [output.numpy() for output in program.module(*program.inputs.values())]
+    inputs = {name: as_type(tensor, dtype) for name, tensor in program.inputs.items()}
+    module = copy.deepcopy(program.module).to(dtype)  # another program may hold the same weights
+    write_onnx(
+        module,
+        inputs,
+        program.output_names,
+        path,
+        opset=request.opset,
+        dynamic_batch=program.batch is None,
+        metadata=program.metadata,
+    )
+    said = _run_named(partial(_session, runtime, folder), dtype, program.name, program.inputs)
+    found = [output.numpy() for output in said]
+    return {
+        "file": path.name,
+        "windows": "any" if program.batch is None else program.batch,
+        "inputs": {name: list(tensor.shape) for name, tensor in inputs.items()},
+        "outputs": {name: list(array.shape) for name, array in zip(program.output_names, found, strict=True)},
+        **compare_outputs(found, expected, _TOLERANCE[request.dtype]),
+    }
 
 
-def _noise(batch: int, preprocess: Preprocess) -> torch.Tensor:
-    shape = (batch, preprocess.num_frames, preprocess.canvas_height_px, preprocess.canvas_width_px, 3)
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(_SEED))
+def as_type(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor in a program's type; whole numbers stay what they are."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def _run(runtime: Any, path: Path, part: ExportedPart, pixels: np.ndarray) -> list[np.ndarray]:
-    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return cast(list[np.ndarray], session.run(list(part.output_names), {part.input_name: pixels}))
+def _session(runtime: Any, folder: Path, name: str) -> Any:
+    return runtime.InferenceSession(str(folder / f"{name}.onnx"), providers=["CPUExecutionProvider"])
+
+
+def _run_named(
+    open_session: Callable[[str], Any], dtype: torch.dtype, name: str, inputs: Mapping[str, Tensor]
+) -> list[Tensor]:
+    """Return what a program says, in float32 as the model does."""
+    said = open_session(name).run(None, {key: as_type(tensor, dtype).numpy() for key, tensor in inputs.items()})
+    return [torch.from_numpy(array).float() for array in said]
 
 
 def compare_outputs(found: Sequence[np.ndarray], expected: Sequence[np.ndarray], tolerance: float) -> dict[str, float]:
@@ -220,7 +222,9 @@ def _share(difference: float, allowed: float) -> float:
     return difference / allowed if allowed and not math.isnan(difference) else math.inf
 
 
-def _onnx_card(run: runs.Run, request: ExportRequest, programs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _onnx_card(
+    run: runs.Run, request: ExportRequest, programs: Sequence[dict[str, Any]], rehearsed: Mapping[str, float]
+) -> dict[str, Any]:
     preprocess = run.manifest.preprocess
     return {
         "format": 1,
@@ -228,7 +232,8 @@ def _onnx_card(run: runs.Run, request: ExportRequest, programs: Sequence[dict[st
         "recipe": run.manifest.recipe,
         "opset": request.opset,
         "dtype": request.dtype,
-        "grid": {"time": preprocess.grid[0], "height": preprocess.grid[1], "width": preprocess.grid[2]},
+        "window": preprocess.facts(),
         "preprocess": preprocess.model_dump(mode="json"),
         "programs": list(programs),
+        "rehearsed": dict(rehearsed),
     }

@@ -1,28 +1,24 @@
 """`omni infer`: ask a model about clips, with the very preprocessing that it was trained with."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
-
 from omni_cli import files
-from omni_cli.errors import DataError, OmniError
-from omni_cli.formats.video import Uint8Array
-from omni_cli.recipe import BuiltModel, Inferable, Prediction, Quantity, require
+from omni_cli.errors import OmniError
+from omni_cli.recipe import Asked, BuiltModel, Inferable, Prediction, require
 from omni_cli.report import Console
 from omni_cli.samples import views
 from omni_cli.samples.preprocess import Preprocess
 from omni_cli.samples.shards import safe_name
-from omni_cli.samples.sync import PlannedWindow
 from omni_cli.scene.recording import Recording
 from omni_cli.stages import runs
 from omni_cli.stages.clips import Clip, find_clips
 from omni_cli.stages.models import ModelFolder, best_device, check_base
-from omni_cli.stages.overlay import Said, caption, write_overlay
+from omni_cli.stages.overlay import Said, write_overlay
 
 _BATCH = 8
 _LINES_SHOWN = 20  # of a clip's answers; all of them are in its file
@@ -57,16 +53,15 @@ class InferRequest:
 class Answer:
     """What was said about one window."""
 
-    window: PlannedWindow
+    asked: Asked
     prediction: Prediction
-    truth: dict[str, float]
 
-    def line(self, clip: str) -> dict[str, Any]:
+    def line(self, clip: str, plain: Callable[[Mapping[str, Any]], dict[str, Any]]) -> dict[str, Any]:
         """Return the answer as one line of the clip's JSONL file."""
-        values = dict(self.prediction.values) if self.prediction.values is not None else None
-        truth = {"truth": self.truth} if self.truth else {}
-        times = {"start_us": self.window.start_us, "end_us": self.window.end_us}
-        return {"clip": clip, **times, "text": self.prediction.text, "values": values, **truth}
+        values, window = self.prediction.values, self.asked.window
+        truth = {"truth": plain(self.asked.truth)} if self.asked.truth else {}
+        said = {"text": self.prediction.text, "values": None if values is None else plain(values)}
+        return {"clip": clip, "start_us": window.start_us, "end_us": window.end_us, **said, **truth}
 
 
 def subject_of_run(run: runs.Run) -> Subject:
@@ -125,7 +120,7 @@ class Asker:
         recording = clip.open()
         answers = self.answers(recording)
         path = self.request.out / f"{safe_name(clip.name)}.jsonl"
-        lines = [answer.line(clip.name) for answer in answers]
+        lines = [answer.line(clip.name, self.recipe.plain) for answer in answers]
         files.commit(path, _writer(lines), windows=len(lines))
         self._say(clip.name, answers, path)
         unreadable = sum(answer.prediction.values is None for answer in answers)
@@ -134,57 +129,33 @@ class Asker:
 
     def answers(self, recording: Recording) -> list[Answer]:
         """Return what the model says of each window of a recording."""
-        recipe, preprocess = self.recipe, self.preprocess
-        max_age_us = round(recipe.sample.max_age_ms * 1000)
-        stride = self.request.stride or recipe.sample.stride
-        windows = views.plan_views(recording, preprocess, stride=stride, max_age_us=max_age_us)
-        motion = views.known_motion(recording, windows)
-        if preprocess.past_speed and not views.has_motion(recording):
-            raise DataError(
-                f"{recording.id}: the model is told the speed at the first frame, which a plain video does not hold; "
-                "give the id of a recording under --data, or a model trained with sample.past_speed = false"
-            )
-        said: list[Prediction] = []
-        canvases = views.window_canvases(recording, preprocess, windows)
-        with self.console.progress(f"infer {recording.id}", len(windows), "windows") as bar:
-            for start in range(0, len(windows), _BATCH):
-                rows = self._rows(canvases, motion[start : start + _BATCH])
-                said += recipe.predict(self.built, rows, preprocess)
-                bar.advance(len(rows))
-        truths = [_truth(row, recipe.quantities) for row in motion]
-        return [Answer(*one) for one in zip(windows, said, truths, strict=True)]
-
-    def _rows(self, canvases: Iterator[Uint8Array], motion: Sequence[Mapping[str, float]]) -> list[Any]:
-        return [
-            self.recipe.prompt_row(
-                torch.from_numpy(picture), self.preprocess, self.built.tokenizer, known.get("start_speed_mps", 0.0)
-            )
-            for picture, known in zip(islice(canvases, len(motion)), motion, strict=True)
-        ]
+        stride = self.request.stride or self.recipe.sample.stride
+        questions = self.recipe.questions(recording, self.built, self.preprocess, stride)
+        answers: list[Answer] = []
+        with self.console.progress(f"infer {recording.id}", questions.count, "windows") as bar:
+            while asked := list(islice(questions.asked, _BATCH)):
+                said = self.recipe.predict(self.built, [one.row for one in asked], self.preprocess)
+                answers += [Answer(_without_pictures(one), what) for one, what in zip(asked, said, strict=True)]
+                bar.advance(len(asked))
+        return answers
 
     def _overlay(self, clip: Clip, recording: Recording, answers: Sequence[Answer]) -> str | None:
         if not self.request.overlay:
             return None
         path = self.request.out / f"{safe_name(clip.name)}.mp4"
         camera = views.MOSAIC if views.MOSAIC in recording.cameras else self.preprocess.cameras[0]
-        said = [Said(answer.window, answer.prediction.values, answer.truth) for answer in answers]
-        write_overlay(
-            path,
-            recording.cameras[camera],
-            said,
-            self.recipe.quantities,
-            rate_hz=self.preprocess.rate_hz,
-            decoder=self.preprocess.decoder,
-        )
+        said = [Said(answer.asked.window, answer.prediction.values, answer.asked.truth) for answer in answers]
+        stride = self.request.stride or self.recipe.sample.stride
+        write_overlay(path, recording, camera, said, stride=stride, recipe=self.recipe, preprocess=self.preprocess)
         self.console.say(f"overlay {path}")
         return str(path)
 
     def _say(self, name: str, answers: Sequence[Answer], path: Path) -> None:
         for answer in answers[:_LINES_SHOWN]:
-            window, quantities = answer.window, self.recipe.quantities
+            window, caption = answer.asked.window, self.recipe.caption
             span = f"{window.start_us / 1e6:.1f} .. {window.end_us / 1e6:.1f} s"
-            truth = f"  ({caption('truth', answer.truth, quantities)})" if answer.truth else ""
-            self.console.say(f"{name} {span}  {caption('model', answer.prediction.values, quantities)}{truth}")
+            truth = f"  (truth: {caption(answer.asked.truth)})" if answer.asked.truth else ""
+            self.console.say(f"{name} {span}  model: {caption(answer.prediction.values)}{truth}")
         shown = f", the first {_LINES_SHOWN} of them above" if len(answers) > _LINES_SHOWN else ""
         self.console.say(f"{len(answers)} answers in {path}{shown}")
 
@@ -201,8 +172,9 @@ def _load(recipe: Inferable, subject: Subject, request: InferRequest, console: C
     return recipe.place(built, request.device or best_device(), request.dtype)
 
 
-def _truth(motion: Mapping[str, float], quantities: Sequence[Quantity]) -> dict[str, float]:
-    return {quantity.column: motion[quantity.column] for quantity in quantities if quantity.column in motion}
+def _without_pictures(asked: Asked) -> Asked:
+    """Keep of a window only what is small: an hour of answers must fit into memory, its pictures need not."""
+    return replace(asked, row={})
 
 
 def _writer(lines: Sequence[Mapping[str, Any]]) -> Any:

@@ -1,4 +1,4 @@
-"""`omni merge`: an adapter folded into its base, published once its logits are proven to be the same."""
+"""`omni merge`: an adapter folded into its base, published once its outputs are proven to be the same."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +14,7 @@ from omni_cli.samples.preprocess import Preprocess
 from omni_cli.stages import models, runs
 
 MERGED = "merged"
-_SEED = 20_260
-_PROBE_SPEEDS_MPS = (3.0, 21.5)
-# Largest difference of a logit, as a share of the largest logit, and the share of positions whose first choice stays:
+# Largest difference of an output, as a share of the largest, and the share of positions whose first choice stays:
 # merging rounds every weight to the model's type once, and near ties may then fall the other way.
 _TOLERANCE = {torch.float32: (1e-4, 1.0), torch.float16: (1e-2, 0.9), torch.bfloat16: (5e-2, 0.9)}
 
@@ -30,18 +28,18 @@ class MergeRequest:
 
 @dataclass(frozen=True)
 class Parity:
-    """What the probe showed: largest differences of a logit."""
+    """What the probe showed: largest differences of an output."""
 
     adapter_moves: float  # adapted against base
     merged: float  # merged in memory against adapted
     allowed: float
-    argmax_agrees: float  # share of the probed positions
-    argmax_needed: float
+    choices_agree: float  # share of the probed positions
+    choices_needed: float
     reloaded: float  # read back from disk against merged in memory
 
 
 def merge(recipe: Any, run: runs.Run, request: MergeRequest, console: Console) -> dict[str, Any]:
-    """Merge a run's adapter into a fresh base and publish the model once its logits are proven.
+    """Merge a run's adapter into a fresh base and publish the model once its outputs are proven.
 
     Raises:
         UsageError: the run has no adapter.
@@ -59,7 +57,7 @@ def merge(recipe: Any, run: runs.Run, request: MergeRequest, console: Console) -
     with models.publish_folder(folder, "merging into") as made:
         parity = _merge_into(made, mergeable, run, console)
     runs.seal_folder(folder, run_weights=key, parity=vars(parity))
-    console.say(f"merged model in {folder}: logits differ by {parity.merged:.1e}, {parity.allowed:.1e} allowed")
+    console.say(f"merged model in {folder}: outputs differ by {parity.merged:.1e}, {parity.allowed:.1e} allowed")
     return {"model": str(folder), "run": str(run.folder), "parity": vars(parity)}
 
 
@@ -71,7 +69,7 @@ def _merge_into(folder: Path, recipe: Mergeable, run: runs.Run, console: Console
     expected = probe(recipe, adapted, preprocess)
     with recipe.adapter_disabled(adapted):
         without = probe(recipe, adapted, preprocess)
-    tolerance, argmax_needed = _TOLERANCE[next(adapted.model.parameters()).dtype]
+    tolerance, choices_needed = _TOLERANCE[next(adapted.model.parameters()).dtype]
     merged = recipe.merge(adapted)
     in_memory = probe(recipe, merged, preprocess)
     recipe.save(merged, folder)
@@ -81,8 +79,8 @@ def _merge_into(folder: Path, recipe: Mergeable, run: runs.Run, console: Console
         adapter_moves=difference(expected, without),
         merged=difference(in_memory, expected),
         allowed=tolerance * max(1.0, float(expected.abs().max())),
-        argmax_agrees=float((in_memory.argmax(-1) == expected.argmax(-1)).double().mean()),
-        argmax_needed=argmax_needed,
+        choices_agree=float((recipe.choices(in_memory) == recipe.choices(expected)).double().mean()),
+        choices_needed=choices_needed,
         reloaded=difference(from_disk, in_memory),
     )
     check_parity(parity)
@@ -91,20 +89,13 @@ def _merge_into(folder: Path, recipe: Mergeable, run: runs.Run, console: Console
 
 @torch.no_grad()
 def probe(recipe: Mergeable, built: BuiltModel, preprocess: Preprocess) -> Tensor:
-    """Return float32 logits of two windows of seeded noise, at every position of a given answer."""
-    shape = (preprocess.num_frames, preprocess.canvas_height_px, preprocess.canvas_width_px, 3)
-    generator = torch.Generator().manual_seed(_SEED)
-    rows = [
-        recipe.prompt_row(
-            torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator), preprocess, built.tokenizer, speed_mps
-        )
-        for speed_mps in _PROBE_SPEEDS_MPS
-    ]
-    return recipe.logits(built.model.eval(), recipe.collate(rows, preprocess), preprocess).float()
+    """Return in float32 the raw numbers that a model gives for seeded noise."""
+    rows = recipe.probe_rows(built, preprocess)
+    return recipe.outputs(built.model.eval(), recipe.collate(rows, preprocess), preprocess).float()
 
 
 def difference(one: Tensor, other: Tensor) -> float:
-    """Return the largest difference of a logit; infinite where one is not a number."""
+    """Return the largest difference of an output; infinite where one is not a number."""
     largest = (one - other).abs().max()
     return float(largest) if bool(torch.isfinite(largest)) else float("inf")
 
@@ -116,16 +107,18 @@ def check_parity(parity: Parity) -> None:
         OmniError: one of the comparisons failed; nothing is published.
     """
     if not parity.adapter_moves > 0:
-        raise OmniError("the adapter does not change a single logit; nothing was learned, nothing is merged")
+        raise OmniError("the adapter does not change a single output; nothing was learned, nothing is merged")
     if not parity.merged <= parity.allowed or not parity.merged < parity.adapter_moves:
         raise OmniError(
-            f"merged logits differ by {parity.merged:.1e} from the adapted model's; {parity.allowed:.1e} are allowed, "
+            f"merged outputs differ by {parity.merged:.1e} from the adapted model's; {parity.allowed:.1e} are allowed, "
             f"and less than the {parity.adapter_moves:.1e} by which the adapter moves them; nothing is published"
         )
-    if parity.argmax_agrees < parity.argmax_needed:
+    if parity.choices_agree < parity.choices_needed:
         raise OmniError(
-            f"the merged model's first choice agrees at {parity.argmax_agrees:.1%} of the positions, "
-            f"{parity.argmax_needed:.0%} expected; nothing is published"
+            f"the merged model's first choice agrees at {parity.choices_agree:.1%} of the positions, "
+            f"{parity.choices_needed:.0%} expected; nothing is published"
         )
     if parity.reloaded:
-        raise OmniError(f"logits of the written model differ by {parity.reloaded:.1e}; check the disk, and merge again")
+        raise OmniError(
+            f"outputs of the written model differ by {parity.reloaded:.1e}; check the disk, and merge again"
+        )

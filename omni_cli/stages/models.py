@@ -23,7 +23,7 @@ from omni_cli.stages import runs
 
 FORMAT = 1
 CARD_FILE = "omni.json"
-ONNX_CARD = "vision.json"  # of a folder of exported programs
+ONNX_CARD = "programs.json"  # of a folder of exported programs
 HERE = "."  # in the card's settings: the model is the folder that the card lies in
 _WHAT_IT_IS = {
     runs.RUN_FILE: "a run; ask it with --run {0}",

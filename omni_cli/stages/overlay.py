@@ -11,11 +11,14 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from omni_cli import files
-from omni_cli.formats.video import Decoder, Uint8Array, decode, encode_h264, probe
-from omni_cli.recipe import Quantity
+from omni_cli.formats.video import Decoder, Uint8Array, encode_h264
+from omni_cli.recipe import Inferable, Stroke
+from omni_cli.samples.camera_frames import camera_frames
+from omni_cli.samples.preprocess import Preprocess
 from omni_cli.samples.prompts import camera_title
 from omni_cli.samples.sync import PlannedWindow
-from omni_cli.scene.recording import CameraStream
+from omni_cli.scene.clock import Float64Array
+from omni_cli.scene.recording import CameraStream, Recording
 
 WIDTH_PX, BAND_PX = 640, 64
 _FONT_PX, _MARGIN_PX = 20, 10
@@ -27,84 +30,95 @@ class Said:
     """What was said about one window, and what was true where that is known."""
 
     window: PlannedWindow
-    values: Mapping[str, float] | None
-    truth: Mapping[str, float]
+    values: Mapping[str, Any] | None
+    truth: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class _Shown:
-    """One picture of the overlay: a frame of the video, and the newest window that sees it."""
+    """One picture of the overlay: a frame of the video, and instant `at` of the window that speaks for it."""
 
     frame: int
+    at: int
     said: Said
 
 
 def write_overlay(
     path: Path,
-    stream: CameraStream,
+    recording: Recording,
+    camera: str,
     said: Sequence[Said],
-    quantities: Sequence[Quantity],
     *,
-    rate_hz: float,
-    decoder: Decoder,
+    stride: int,
+    recipe: Inferable,
+    preprocess: Preprocess,
 ) -> dict[str, Any]:
     """Write an H.264 mp4 in real time with its receipt; return the receipt.
 
     Args:
         path: the mp4.
-        stream: the first camera of the windows, or the mosaic.
+        recording: what was asked about.
+        camera: the first camera of the windows, or the mosaic.
         said: answers, by the time of their windows.
-        quantities: what is written beneath the pictures.
-        rate_hz: of the windows' instants.
-        decoder: of the video.
+        stride: instants between the starts of two windows.
+        recipe: draws and captions them.
+        preprocess: of the model.
     """
-    rate = Fraction(rate_hz).limit_denominator(1000)
-    pictures = _pictures(stream, _shown(said), quantities, decoder)
-    return files.commit(path, partial(_encode, pictures=pictures, rate=rate), camera=stream.name)
+    rate = Fraction(preprocess.rate_hz).limit_denominator(1000)
+    pictures = _pictures(recording, camera, _shown(said, stride, recipe, preprocess), recipe, preprocess.decoder)
+    return files.commit(path, partial(_encode, pictures=pictures, rate=rate), camera=camera)
 
 
-def caption(label: str, values: Mapping[str, float] | None, quantities: Sequence[Quantity]) -> str:
-    """Return one line of text: `model: speed 5.23 m/s, displacement 42.15 m`."""
-    if values is None:
-        return f"{label}: no readable answer"
-    parts = [f"{q.title} {values[q.column]:.2f} {q.unit}" for q in quantities if q.column in values]
-    return f"{label}: {', '.join(parts)}"
-
-
-def _shown(said: Sequence[Said]) -> list[_Shown]:
+def _shown(said: Sequence[Said], stride: int, recipe: Inferable, preprocess: Preprocess) -> list[_Shown]:
     """Return one entry an instant, in time; where windows overlap the one that began last speaks."""
     by_instant: dict[int, _Shown] = {}
-    for one in said:
-        for instant, frames in zip(one.window.instants_us.tolist(), one.window.frame_index, strict=True):
-            by_instant[instant] = _Shown(int(frames[0]), one)
+    for number, one in enumerate(said):
+        for at in recipe.speaks_for(number, stride, preprocess):
+            by_instant[int(one.window.instants_us[at])] = _Shown(int(one.window.frame_index[at, 0]), at, one)
     return [by_instant[instant] for instant in sorted(by_instant)]
 
 
 def _pictures(
-    stream: CameraStream, shown: Sequence[_Shown], quantities: Sequence[Quantity], decoder: Decoder
+    recording: Recording, camera: str, shown: Sequence[_Shown], recipe: Inferable, decoder: Decoder
 ) -> Iterator[Uint8Array]:
-    video = stream.video.read()
-    info = probe(video, stream.name)
-    height = max(round(WIDTH_PX * info.height_px / info.width_px / 2), 1) * 2  # H.264 wants even sides
+    stream = recording.cameras[camera]
+    seen = camera_frames(stream.name, stream)
+    own_width_px, own_height_px = seen.size_px
+    height = max(round(own_height_px * (WIDTH_PX / own_width_px) / 2), 1) * 2  # H.264 wants even sides
     frames = sorted({one.frame for one in shown})
-    decoded = decode(video, stream.name, frames, width_px=WIDTH_PX, height_px=height, decoder=decoder, info=info)
+    decoded = seen.decode(frames, width_px=WIDTH_PX, height_px=height, decoder=decoder)
     index, picture = -1, np.zeros((height, WIDTH_PX, 3), dtype=np.uint8)
     for one in shown:
         while index < one.frame:  # a slow camera shows one frame at several instants
             index, picture = next(decoded)
-        yield _captioned(picture, one.said, camera_title(stream.name), quantities)
+        yield _drawn(picture, one, recording, stream, recipe)
 
 
-def _captioned(picture: Uint8Array, said: Said, title: str, quantities: Sequence[Quantity]) -> Uint8Array:
+def _drawn(
+    picture: Uint8Array, shown: _Shown, recording: Recording, stream: CameraStream, recipe: Inferable
+) -> Uint8Array:
+    """Return the picture with the answer over it, and what was said and what is true beneath it."""
     height, width = picture.shape[:2]
+    said, at_us = shown.said, int(stream.timestamp_us[shown.frame])
     canvas = Image.new("RGB", (width, height + BAND_PX))
     canvas.paste(Image.fromarray(picture), (0, 0))
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(_FONT_PX)
-    draw.text((_MARGIN_PX, height + 6), caption("model", said.values, quantities), fill=_WHITE, font=font)
+    for values in (said.truth, said.values):
+        for stroke in recipe.strokes(recording, values, shown.at, at_us) if values else ():
+            scaled = (stroke.points_px + 0.5) * _scale(stroke, picture) - 0.5
+            draw.line([tuple(point) for point in scaled.tolist()], fill=stroke.colour, width=stroke.width_px)
+    draw.text((_MARGIN_PX, height + 6), f"model: {recipe.caption(said.values, shown.at)}", fill=_WHITE, font=font)
     if said.truth:
-        draw.text((_MARGIN_PX, height + 34), caption("truth", said.truth, quantities), fill=_GREEN, font=font)
+        draw.text((_MARGIN_PX, height + 34), f"truth: {recipe.caption(said.truth, shown.at)}", fill=_GREEN, font=font)
+    title = camera_title(stream.name)
     draw.text((_MARGIN_PX, 6), title, fill=_WHITE, font=font, stroke_width=2, stroke_fill=(0, 0, 0))
     return np.asarray(canvas)
+
+
+def _scale(stroke: Stroke, picture: Uint8Array) -> Float64Array:
+    """Return the width and height of a picture as shares of the camera's own."""
+    height, width = picture.shape[:2]
+    return np.asarray(np.array([width, height]) / np.array(stroke.of_size_px))
 
 
 def _encode(stream: BinaryIO, pictures: Iterator[Uint8Array], rate: Fraction) -> None:

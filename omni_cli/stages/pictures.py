@@ -12,74 +12,64 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from omni_cli import files
-from omni_cli.recipe import Quantity
+from omni_cli.recipe import Pair
 from omni_cli.samples.dataset import WindowDataset
 from omni_cli.samples.prompts import camera_title
-from omni_cli.scores.metrics import Answers
 from omni_cli.stages.checkpoints import read_history
 
 _BLUE, _GREY = "#2463a8", "#888888"
 
 
-def evaluation_pictures(
-    folder: Path,
-    run_folder: Path,
-    dataset: WindowDataset,
-    answers: Mapping[str, Answers],
-    quantities: Sequence[Quantity],
-) -> list[Path]:
-    """Draw predicted against true values, the loss, the first canvas and the skew; return the PNG files."""
+def evaluation_pictures(folder: Path, run_folder: Path, dataset: WindowDataset, pairs: Sequence[Pair]) -> list[Path]:
+    """Draw predicted against true values, the loss, a window's pictures and the skew; return the PNG files."""
     drawn = {
-        "predicted.png": predicted_against_true(answers, quantities),
+        "predicted.png": predicted_against_true(pairs),
         "loss.png": loss_curve(read_history(run_folder)),
-        "canvas.png": canvases(dataset),
+        "window.png": window(dataset),
         "skew.png": skew(dataset),
     }
     return [_save(figure, folder / name) for name, figure in drawn.items()]
 
 
-def predicted_against_true(answers: Mapping[str, Answers], quantities: Sequence[Quantity]) -> Figure:
+def predicted_against_true(pairs: Sequence[Pair]) -> Figure:
     """Draw one panel a quantity; unreadable answers are ticks at the left edge."""
-    figure = Figure(figsize=(5 * len(quantities), 4.6), layout="constrained")
-    for axis, quantity in zip(figure.subplots(1, len(quantities), squeeze=False)[0], quantities, strict=True):
-        one = answers[quantity.column]
-        known = ~np.isnan(one.predicted)
-        both = np.concatenate([one.truth, one.predicted[known]])
-        limits = [float(both.min()), float(both.max())]
+    figure = Figure(figsize=(5 * len(pairs), 4.6), layout="constrained")
+    for axis, pair in zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True):
+        known = ~np.isnan(pair.predicted)
+        both = np.concatenate([pair.truth, pair.predicted[known]])
+        limits = [float(both.min()), float(both.max())] if len(both) else [0.0, 1.0]
         axis.plot(limits, limits, color=_GREY, linewidth=1)
-        axis.scatter(one.truth[known], one.predicted[known], s=14, color=_BLUE, alpha=0.6, linewidths=0)
-        axis.plot(one.truth[~known], np.full((~known).sum(), limits[0]), "|", color="#c02020")
-        axis.set_xlabel(f"true {quantity.title} [{quantity.unit}]")
-        axis.set_ylabel(f"predicted {quantity.title} [{quantity.unit}]")
+        axis.scatter(pair.truth[known], pair.predicted[known], s=14, color=_BLUE, alpha=0.6, linewidths=0)
+        axis.plot(pair.truth[~known], np.full((~known).sum(), limits[0]), "|", color="#c02020")
+        axis.set_xlabel(f"true {pair.title} [{pair.unit}]")
+        axis.set_ylabel(f"predicted {pair.title} [{pair.unit}]")
         axis.set_aspect("equal", adjustable="datalim")
     return figure
 
 
 def loss_curve(history: Sequence[Mapping[str, float]]) -> Figure:
-    """Draw the training loss per labelled token over steps."""
+    """Draw the training loss over steps."""
     figure = Figure(figsize=(5, 3.6), layout="constrained")
     axis = figure.subplots()
     axis.plot([line["step"] for line in history], [line["loss"] for line in history], color=_BLUE)
     axis.set_xlabel("optimiser step")
-    axis.set_ylabel("training loss [nats / token]")
+    axis.set_ylabel("training loss")
     return figure
 
 
-def canvases(dataset: WindowDataset, index: int = 0) -> Figure:
-    """Draw the first and the last canvas of a window, with the cameras' names."""
-    preprocess, pictures = dataset.preprocess, dataset.canvases(index).numpy()
-    figure = Figure(
-        figsize=(11, 11 / 2 * preprocess.canvas_height_px / preprocess.canvas_width_px + 0.5), layout="constrained"
-    )
-    for axis, instant in zip(figure.subplots(1, 2), (0, len(pictures) - 1), strict=True):
-        axis.imshow(pictures[instant], interpolation="nearest")
-        axis.set_title(f"frame {instant + 1} of {len(pictures)}", fontsize=10)
+def window(dataset: WindowDataset, index: int = 0) -> Figure:
+    """Draw the first and the last instant of a window, with the names of the views."""
+    preprocess, instants = dataset.preprocess, dataset.pictures(index).numpy()
+    shown = [preprocess.shown(instants[place]) for place in (0, -1)]
+    height, width = shown[0].shape[:2]
+    figure = Figure(figsize=(11, 11 / 2 * height / width + 0.5), layout="constrained")
+    for axis, picture, number in zip(figure.subplots(1, 2), shown, (1, len(instants)), strict=True):
+        axis.imshow(picture, interpolation="nearest")
+        axis.set_title(f"frame {number} of {len(instants)}", fontsize=10)
         axis.set_axis_off()
-        for number, camera in enumerate(preprocess.cameras):
-            row, column = divmod(number, preprocess.columns)
-            corner = (column * preprocess.cell_width_px + 1, row * preprocess.cell_height_px + 1)
+        for x, y, view in preprocess.titles():
             box = {"facecolor": "black", "alpha": 0.5, "pad": 1, "linewidth": 0}
-            axis.text(*corner, camera_title(camera), color="white", fontsize=8, va="top", bbox=box)
+            axis.text(x + 1, y + 1, camera_title(view), color="white", fontsize=8, va="top", bbox=box)
     return figure
 
 

@@ -2,10 +2,13 @@
 
 import contextlib
 import math
+import shlex
 import shutil
 import signal
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -35,26 +38,15 @@ from omni_cli.stages.trainer import (
     trainer_arguments,
 )
 
-_PIXEL_FIELDS = ("cameras", "columns", "canvas_width_px", "canvas_height_px", "num_frames", "rate_hz", "decoder")
-_TEXT_FIELDS = ("labels", "past_speed")
-_ETL_OPTIONS = {  # of the settings that these follow from
-    "cameras": "--cameras {sample.cameras}",
-    "canvas_width_px": "--canvas {sample.canvas_px}",
-    "canvas_height_px": "--set sample.aspect={sample.aspect}",
-    "num_frames": "--window {sample.window}",
-    "rate_hz": "--rate-hz {sample.rate_hz:g}",
-    "decoder": "--set sample.decoder={sample.decoder}",
-    "labels": "--labels {sample.labels}",
-    "past_speed": "--set sample.past_speed={past_speed}",
-    "vision": "--set model={model}",
-}
+_NOT_ASKED = {"kind", "decoder_id"}  # of a preprocessing: what no setting of the recipe asks for
 
 
 @runtime_checkable
-class TrainableRecipe(Sampled, Tokenized, Trainable, Protocol):
+class TrainableRecipe(Sampled, Trainable, Protocol):
     """What `train` needs a recipe to be."""
 
     name: str
+    model: str
     precision: str
 
     def model_dump(self, *, mode: str) -> dict[str, Any]:
@@ -134,7 +126,7 @@ def train_in(
         return _result(run)
     check_runnable(recipe)
     dataset = WindowDataset(shards, "train", ensure_sidecar(shards, recipe, console))
-    _check_rows(dataset, recipe.train, shards.folder)
+    _check_rows(dataset, recipe, shards.folder)
     with runs.emptied(folder) if fresh else contextlib.nullcontext():
         run = run or runs.start_run(folder, manifest, recipe)
         return _finish(run, recipe, dataset, preprocess, console)
@@ -160,18 +152,38 @@ def check_fit(recipe: Any, shards: ShardSet, profile: str) -> Preprocess:
         UsageError: cameras, canvas or time grid differ; the message gives the right `omni etl` command.
     """
     found, wanted = shards.manifest.preprocess, recipe.preprocess()
-    fields = (*_PIXEL_FIELDS, *_TEXT_FIELDS, "vision")
-    if differ := [field for field in fields if getattr(found, field) != getattr(wanted, field)]:
-        have, want = _short(getattr(found, differ[0])), _short(getattr(wanted, differ[0]))
-        options = "".join(f" {_ETL_OPTIONS[field]}" for field in differ if field in _ETL_OPTIONS)
-        options = options.format(
-            sample=recipe.sample, model=recipe.model, past_speed=str(recipe.sample.past_speed).lower()
-        )
+    if type(found) is not type(wanted):
         raise UsageError(
-            f"shards {shards.folder} have {differ[0]} {have}, this recipe asks for {want}; make fitting ones: "
-            f"omni etl --profile {profile}{options}, or name others with --shards"
+            f"shards {shards.folder} were made for recipe {shards.manifest.recipe}; make others with: "
+            f"omni etl --recipe {recipe.name} --profile {profile}, or name others with --shards"
+        )
+    fields = [name for name in type(wanted).model_fields if name not in _NOT_ASKED]
+    if differ := [name for name in fields if not _is_as_asked(getattr(found, name), getattr(wanted, name))]:
+        have, want = _short(getattr(found, differ[0])), _short(getattr(wanted, differ[0]))
+        raise UsageError(
+            f"shards {shards.folder} have {differ[0]} {have}, this recipe asks for {want}; make fitting ones: omni etl "
+            f"--recipe {recipe.name} --profile {profile}{_etl_options(recipe, differ)}, or name others with --shards"
         )
     return found
+
+
+def _is_as_asked(found: object, wanted: object) -> bool:
+    """Compare a field of the preprocessing; a text that ends with `*` asks for no more than what it begins with."""
+    if isinstance(wanted, str) and wanted.endswith("*"):
+        return str(found).startswith(wanted[:-1])
+    return found == wanted
+
+
+def _etl_options(recipe: Any, fields: Sequence[str]) -> str:
+    """Return the options of etl that give these fields of the preprocessing what the recipe asks for."""
+    options = recipe.preprocess().etl_options
+    asked = [options[name] for name in fields if name in options]
+    return "".join(f" {option}{_typed(attrgetter(setting)(recipe))}" for option, setting in asked)
+
+
+def _typed(value: object) -> str:
+    """Return a value as a user types it."""
+    return str(value).lower() if isinstance(value, bool) else shlex.quote(str(value))
 
 
 def dry_run(recipe: Any, request: TrainRequest, console: Console) -> dict[str, Any]:
@@ -182,11 +194,8 @@ def dry_run(recipe: Any, request: TrainRequest, console: Console) -> dict[str, A
     facts = {
         "model": recipe.model,
         "tuning": recipe.tune.mode,
-        "cameras": preprocess.cameras,
-        "canvas_px": [preprocess.canvas_width_px, preprocess.canvas_height_px],
-        "visual_tokens_per_sample": preprocess.visual_tokens,
+        **preprocess.facts(),
         "samples_per_step": samples,
-        "visual_tokens_per_step": samples * preprocess.visual_tokens,
         "parameters": total,
         "trainable_parameters": trainable,
         "memory_without_activations_gib": round((weight_bytes + trainable * 12) / 2**30, 2),
@@ -254,6 +263,11 @@ def _take_steps(
         raise KeyboardInterrupt
     if stop.signal and trainer.state.global_step < steps:
         raise Preempted(f"stopped at step {trainer.state.global_step} of {steps}, saved; run the same command again")
+    if not gradients.had_label:
+        raise DataError(
+            f"run {run.folder}: none of the {steps} steps met a label that counts; make other shards with omni etl, "
+            "with fewer filters, a shorter warm-up of windows, or another teacher"
+        )
 
 
 def make_trainer(
@@ -299,13 +313,12 @@ def _manifest(recipe: Any, shards: ShardSet, profile: str) -> runs.RunManifest:
     )
 
 
-def _check_rows(dataset: WindowDataset, settings: TrainSettings, folder: Path) -> None:
+def _check_rows(dataset: WindowDataset, recipe: Any, folder: Path) -> None:
     if not len(dataset):
         raise DataError(f"{folder}: no window in the train split; fetch more recordings, or use --split time")
-    longest = max(dataset.token_lengths())
-    if longest > settings.max_tokens:
+    if isinstance(recipe, Tokenized) and (longest := max(dataset.token_lengths())) > recipe.max_tokens:
         raise DataError(
-            f"{folder}: a sample has {longest} tokens, more than train.max_tokens = {settings.max_tokens}; nothing is "
+            f"{folder}: a sample has {longest} tokens, more than train.max_tokens = {recipe.max_tokens}; nothing is "
             "ever cut: make a smaller --canvas or --window at etl, or raise --set train.max_tokens"
         )
 

@@ -22,7 +22,7 @@ from transformers.training_args import OptimizerNames
 from omni_cli import files
 from omni_cli.config import nearest
 from omni_cli.errors import OmniError, UsageError
-from omni_cli.models.adapters import check_gradients
+from omni_cli.models.adapters import check_gradients, has_gradient
 from omni_cli.recipe import Batch, Trainable, TrainSettings
 from omni_cli.report import Console, Step
 from omni_cli.samples.dataset import WindowDataset
@@ -50,7 +50,8 @@ class TrueLoss:
             value = loss.total / loss.count
         else:
             # The count is over all ranks, whose gradients are then averaged: each contributes its share times ranks.
-            value = loss.total * self.accelerator.num_processes / num_items_in_batch
+            # A step without a label, whose sum is 0, teaches nothing; 0 / 0 would end the training.
+            value = loss.total * self.accelerator.num_processes / max(num_items_in_batch, 1)
         return (value, {}) if return_outputs else value
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
@@ -162,6 +163,8 @@ class RowCollator:
 class GradientCheck(TrainerCallback):
     """After the first step with a positive rate: every trainable tensor has a gradient, no frozen one has any.
 
+    A step without a label has no gradient at all, and counts for nothing here.
+
     Args:
         saved: the facts of the checkpoint that training goes on from; none where it begins.
     """
@@ -169,17 +172,22 @@ class GradientCheck(TrainerCallback):
     def __init__(self, saved: Mapping[str, Any]) -> None:
         self.passed_at: int | None = saved.get("gradients_checked_at_step")
         self._moved: bool = saved.get("weights_moved", False)
+        self.had_label: bool = saved.get("had_label", False)  # at any step
 
     @property
     def facts(self) -> dict[str, Any]:
         """What a checkpoint keeps, so that a resumed run checks when an undisturbed one does."""
-        return {"gradients_checked_at_step": self.passed_at, "weights_moved": self._moved}
+        facts = {"gradients_checked_at_step": self.passed_at, "weights_moved": self._moved}
+        return {**facts, "had_label": self.had_label}
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check once, when an earlier step has moved the weights."""
-        if self._moved and self.passed_at is None:
+        if self.passed_at is not None or not has_gradient(kwargs["model"]):
+            return
+        self.had_label = True
+        if self._moved:
             check_gradients(kwargs["model"])
             self.passed_at = state.global_step
         self._moved = self._moved or any(group["lr"] > 0 for group in kwargs["optimizer"].param_groups)

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from omni_cli.formats.video import encode_h264
-from omni_cli.samples.preprocess import Preprocess, VisionGrid
+from omni_cli.samples.tiling import TiledPreprocess, VisionGrid
 from omni_cli.scene.poses import EgoMotion
 from omni_cli.scene.recording import CameraStream, Recording, VideoLocation
 
@@ -20,7 +20,7 @@ GRID = VisionGrid(
 )
 
 
-def preprocess(**changes) -> Preprocess:
+def preprocess(**changes) -> TiledPreprocess:
     values = {
         "cameras": CAMERAS,
         "columns": 2,
@@ -34,7 +34,14 @@ def preprocess(**changes) -> Preprocess:
         "decoder_id": "pyav",
         "vision": GRID,
     }
-    return Preprocess(**{**values, **changes})
+    return TiledPreprocess(**{**values, **changes})
+
+
+def tile(pictures: Sequence[np.ndarray], layout: TiledPreprocess) -> np.ndarray:
+    """The canvas of one instant."""
+    canvas = np.zeros(layout.window_shape[1:], dtype=np.uint8)
+    layout.place(canvas, pictures)
+    return canvas
 
 
 def circle(seconds: float, *, speed_mps: float, yaw_rate: float, start_us: int = 0, hz: int = 100) -> EgoMotion:
@@ -84,6 +91,6 @@ def drive(
         path = folder / f"{number}.{quote(name, safe='')}.mp4"
         write_video(path, number, num_frames)
         times = 100_000 + PHASES_US[number] + np.round(np.arange(num_frames) * 1e6 / 30).astype(np.int64)
-        streams[camera] = CameraStream(camera, VideoLocation(path), times)
+        streams[camera] = CameraStream(camera, (VideoLocation(path),), times)
     ego = circle(seconds + 1, speed_mps=speed_mps, yaw_rate=yaw_rate, start_us=-3_217)
     return Recording(name, "test", streams, ego=ego)

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 
 from omni_cli.formats.physical_ai_av import CAMERA_SETS
-from omni_cli.recipe import SampleSettings, SplitSettings, TrainSettings, TuneSettings
+from omni_cli.recipe import SplitSettings
 from omni_cli.recipes.vlm import Vlm
+from omni_cli.recipes.vlm.settings import VlmSample, VlmTrain, VlmTune
 from omni_cli.report import Console
 from omni_cli.stages import runs
 from omni_cli.stages.etl import EtlRequest, etl
@@ -46,10 +47,10 @@ def tiny_recipe(family: str = "qwen2_5_vl", *, cameras: str = "4-cam", mode: str
     values = {
         "model": f"tiny:{family}",
         "precision": "float32",
-        "sample": SampleSettings(cameras=cameras, window=4, stride=4, rate_hz=10.0, canvas_px=112),
+        "sample": VlmSample(cameras=cameras, window=4, stride=4, rate_hz=10.0, canvas_px=112),
         "split": SplitSettings(validation=0.5),
-        "tune": TuneSettings(mode=mode, rank=4, alpha=8),
-        "train": TrainSettings(
+        "tune": VlmTune(mode=mode, rank=4, alpha=8),
+        "train": VlmTrain(
             batch_size=2, learning_rate=1e-2, max_steps=2, gradient_checkpointing=False, warmup_ratio=0.0, workers=0
         ),
     }
@@ -66,7 +67,7 @@ def make_run(folder: Path, recipe: Vlm, *, data: Path, name: str = "run") -> Mad
 
 def kill_recipe(family: str, mode: str, schedule: str, steps: int) -> Vlm:
     """A recipe whose training takes long enough to be killed, and saves often."""
-    train_settings = TrainSettings(
+    train_settings = VlmTrain(
         batch_size=2,
         learning_rate=1e-3,
         schedule=schedule,
@@ -76,5 +77,5 @@ def kill_recipe(family: str, mode: str, schedule: str, steps: int) -> Vlm:
         log_steps=3,
         workers=0,
     )
-    tune = TuneSettings(mode=mode, rank=4, alpha=8, dropout=0.1 if mode == "lora" else 0.0)
+    tune = VlmTune(mode=mode, rank=4, alpha=8, dropout=0.1 if mode == "lora" else 0.0)
     return tiny_recipe(family, mode=mode, train=train_settings, tune=tune)

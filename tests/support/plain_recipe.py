@@ -9,17 +9,18 @@ import pyarrow as pa
 from omni_cli.config import Settings
 from omni_cli.files import hash_json
 from omni_cli.formats.video import decoder_id
-from omni_cli.recipe import SampleSettings, SplitSettings
+from omni_cli.recipe import SplitSettings
+from omni_cli.recipes.vlm.settings import VlmSample
 from omni_cli.samples.tables import EGO_MOTION_COLUMNS
 from omni_cli.samples.windows import ego_motion_tables
 from tests.support.drives import preprocess
 
-SAMPLE = SampleSettings(cameras="qcamera", window=8, stride=4, rate_hz=10.0, canvas_px=56)
+SAMPLE = VlmSample(cameras="qcamera", window=8, stride=4, rate_hz=10.0, canvas_px=56)
 
 
 class Plain(Settings):
     name: ClassVar[str] = "plain"
-    sample: SampleSettings = SAMPLE
+    sample: VlmSample = SAMPLE
     split: SplitSettings = SplitSettings(validation=0.34)
 
     def preprocess(self):
@@ -38,6 +39,11 @@ class Plain(Settings):
 
     def table_maker(self):
         return partial(ego_motion_tables, stride=self.sample.stride, max_age_us=100_000)
+
+    def notes(self):
+        return ()
+
+    max_tokens: ClassVar[int] = 100
 
     def sidecar_key(self, preprocess):
         return hash_json(preprocess.model_dump(mode="json"))[:16]

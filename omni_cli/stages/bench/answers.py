@@ -1,7 +1,8 @@
-"""How fast a model answers, and how its exported vision tower compares with torch."""
+"""How fast a model answers, and how its exported programs compare with torch."""
 
 import importlib
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -12,13 +13,13 @@ from torch import nn
 
 from omni_cli import files
 from omni_cli.errors import UsageError
-from omni_cli.models.qwen_vl import base_of
-from omni_cli.recipe import BuiltModel, Exportable, Inferable, require
+from omni_cli.recipe import Benchable, BuiltModel, Exportable, Inferable, Program, require
 from omni_cli.samples.dataset import ALL, WindowDataset
 from omni_cli.stages import models
 from omni_cli.stages.bench.inputs import Inputs
 from omni_cli.stages.bench.timing import Line, Part, measure
 from omni_cli.stages.etl import ensure_sidecar
+from omni_cli.stages.export import as_type
 
 _TORCH, _ONNX = "torch eager", "ONNX Runtime"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -26,22 +27,23 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 def bench_infer(inputs: Inputs, repeats: int) -> Part:
     """Time whole answers at batch 1 and at the profile's batch; pictures are in memory already."""
-    recipe: Inferable = require(inputs.recipe, Inferable)  # type: ignore[type-abstract]  # a protocol names it
+    recipe: Benchable = require(inputs.recipe, Benchable)  # type: ignore[type-abstract]  # a protocol names it
     built, subject = _model(inputs, recipe)
     dataset = WindowDataset(inputs.shards, ALL, ensure_sidecar(inputs.shards, recipe, inputs.console))
     lines = []
     for size in sorted({1, recipe.train.batch_size}):
         rows = [dataset[index % len(dataset)] for index in range(size)]
-        with _counted_forwards(built.model) as count:
+        with _counted_forwards(recipe.core(built)) as count:
             recipe.predict(built, rows, inputs.preprocess)
         timings = measure({"ask": partial(recipe.predict, built, rows, inputs.preprocess)}, repeats)
-        lines.append(Line(f"batch {size}", timings["ask"], {"windows": size, "tokens": size * count[0]}))
-    on = f"{subject}, on {inputs.preprocess.visual_tokens} visual tokens a window"
+        units = {unit: size * amount for unit, amount in recipe.answer_units(count[0], inputs.preprocess).items()}
+        lines.append(Line(f"batch {size}", timings["ask"], {"windows": size, **units}))
+    on = f"{subject}, on windows of {math.prod(inputs.preprocess.window_shape) / 1e6:.1f} MB"
     return Part("infer", on, tuple(lines), _gain(lines))
 
 
 def bench_export(inputs: Inputs, repeats: int) -> Part:
-    """Time the exported vision tower in ONNX Runtime beside the same tower in torch, on the CPU.
+    """Time the exported programs in ONNX Runtime beside the same modules in torch, on the CPU.
 
     Raises:
         UsageError: the newest run has no ONNX export.
@@ -50,24 +52,38 @@ def bench_export(inputs: Inputs, repeats: int) -> Part:
     if folder is None or run is None:
         raise UsageError("no run of this profile with an ONNX export; make one with: omni export --format onnx")
     card = files.read_json(folder / models.ONNX_CARD)
-    program = card["programs"][0]
     trained = run.recipe_settings(type(inputs.recipe))
     recipe: Exportable = require(trained, Exportable)  # type: ignore[type-abstract]  # a protocol names it
-    built = recipe.load(inputs.preprocess, run.final)
-    part = recipe.export_part(built, inputs.preprocess, program["windows"])
-    module, pixels = part.module.to(_DTYPES[card["dtype"]]), part.example.to(_DTYPES[card["dtype"]])
-    session = _session(folder / program["file"])
-
-    def in_torch() -> Any:
-        with torch.no_grad():
-            return module(pixels)
-
-    work = {_TORCH: in_torch, _ONNX: lambda: session.run(list(part.output_names), {part.input_name: pixels.numpy()})}
+    batches = sorted({1 if one["windows"] == "any" else one["windows"] for one in card["programs"]})
+    built = recipe.load_to_merge(inputs.preprocess, run.final)
+    work: dict[str, Callable[[], object]] = {}
+    for program in recipe.programs(built, inputs.preprocess, batches):
+        work |= _two_ways(program, folder, _DTYPES[card["dtype"]])
     timings = measure(work, repeats)
-    lines = tuple(Line(name, timing, {"windows": program["windows"]}) for name, timing in timings.items())
-    ratio = timings[_TORCH].median_s / timings[_ONNX].median_s
-    on = f"{folder / program['file']}, {card['dtype']}, {program['windows']} windows at once, on the CPU"
-    return Part("export", on, lines, {f"{_ONNX} / {_TORCH}, in windows a second": ratio})
+    lines = tuple(Line(name, timing, {"calls": 1}) for name, timing in timings.items())
+    pairs = zip(lines[::2], lines[1::2], strict=True)
+    ratios = {
+        f"{onnx.what} / {_TORCH}, in calls a second": torch_.timing.median_s / onnx.timing.median_s
+        for torch_, onnx in pairs
+    }
+    return Part("export", f"{folder}, {card['dtype']}, on the CPU", lines, ratios)
+
+
+def _two_ways(program: Program, folder: Path, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """Return the work of one program in torch, and in ONNX Runtime."""
+    module = program.module.to(dtype)
+    inputs = {name: as_type(tensor, dtype) for name, tensor in program.inputs.items()}
+    arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+    session = _session(folder / f"{program.name}.onnx")
+
+    def in_torch() -> object:
+        with torch.no_grad():
+            return module(*inputs.values())
+
+    return {
+        f"{program.name}, {_TORCH}": in_torch,
+        f"{program.name}, {_ONNX}": lambda: session.run(list(program.output_names), arrays),
+    }
 
 
 def find_export(inputs: Inputs) -> Path | None:
@@ -87,14 +103,14 @@ def _model(inputs: Inputs, recipe: Inferable) -> tuple[BuiltModel, str]:
 
 
 @contextmanager
-def _counted_forwards(model: nn.Module) -> Iterator[list[int]]:
+def _counted_forwards(core: nn.Module) -> Iterator[list[int]]:
     """Count the forward passes inside the block: each one gives every row of a batch a token."""
     count = [0]
 
     def note(*_: Any) -> None:
         count[0] += 1
 
-    handle = base_of(model).register_forward_hook(note)
+    handle = core.register_forward_hook(note)
     try:
         yield count
     finally:

@@ -6,6 +6,8 @@ from omni_cli.formats.video import decode_only
 from omni_cli.recipe import Batch
 from omni_cli.samples.dataset import ALL, WindowDataset
 from omni_cli.samples.tables import ShardTables
+from omni_cli.samples.windows import span_us
+from omni_cli.scene.clock import MICROSECONDS_PER_SECOND
 from omni_cli.stages.bench.inputs import Inputs
 from omni_cli.stages.bench.timing import Line, Part, measure
 from omni_cli.stages.etl import ensure_sidecar
@@ -18,21 +20,23 @@ def bench_etl(inputs: Inputs, repeats: int) -> Part:
     """Time one recording through the recipe's own table maker, beside a decoder that keeps nothing."""
     found, preprocess, maker = inputs.found, inputs.preprocess, inputs.recipe.table_maker()
     recording = found.recording
-    videos = {name: recording.cameras[name].video for name in preprocess.cameras}
+    videos = [(name, video) for name in preprocess.cameras for video in recording.cameras[name].videos]
 
     def make() -> ShardTables:
         tables: ShardTables = maker(recording, preprocess, assign_split=lambda _start_us, _end_us: "train")
         return tables
 
     def decode() -> int:
-        return sum(decode_only(video.read(), name) for name, video in videos.items())
+        return sum(decode_only(video.read(), name) for name, video in videos)
 
     tables, frames = make(), decode()
     timings = measure({_MAKER: make, _DECODE: decode}, repeats)
-    made = {"frames": frames, "pictures": tables.frames.num_rows, "windows": tables.windows.num_rows}
+    first_us, last_us = span_us(recording, preprocess.cameras)
+    driven = {"s of driving": (last_us - first_us) / MICROSECONDS_PER_SECOND}
+    made = {"frames": frames, "pictures": tables.frames.num_rows, "windows": tables.windows.num_rows, **driven}
     lines = (Line(_MAKER, timings[_MAKER], made), Line(_DECODE, timings[_DECODE], {"frames": frames}))
     ratio = timings[_DECODE].median_s / timings[_MAKER].median_s
-    on = f"{recording.id} of {found.folder}, {len(videos)} cameras, one process"
+    on = f"{recording.id} of {found.folder}, {len(preprocess.cameras)} cameras, one process"
     return Part("etl", on, lines, {f"{_MAKER} / {_DECODE}, in frames a second": ratio})
 
 
@@ -48,7 +52,7 @@ def bench_loader(inputs: Inputs, repeats: int) -> Part:
         return [_batch(inputs, dataset, batch) for batch in batches]
 
     timing = measure({"load": load}, repeats)["load"]
-    window_bytes = dataset.canvases(0).numel()
+    window_bytes = dataset.pictures(0).numel()
     amounts = {"windows": len(numbers), "MB": len(numbers) * window_bytes / 1e6}
     line = Line(f"{_BATCHES} batches of {size}", timing, amounts)
     return Part("loader", f"{shards.folder}, {len(dataset)} windows, one process", (line,))

@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import dataclass, field
-from statistics import mean
 from typing import Any
 
 import torch
@@ -90,19 +89,18 @@ def bench_train(inputs: Inputs, repeats: int) -> Part:
     train = inputs.recipe.train.model_copy(update={"accumulation": 1, "max_steps": steps})
     recipe = inputs.recipe.model_copy(update={"train": train})
     windows = WindowDataset(shards, ALL, ensure_sidecar(shards, recipe, inputs.console))
-    tokens = train.batch_size * mean(windows.token_lengths())
+    units = recipe.sample_units(windows)
     dataset = Cycled(windows, train.batch_size * steps)
     trainer = make_trainer(inputs.work / "steps", recipe, recipe.build(inputs.preprocess), dataset, steps, TimedSteps)
     trainer.clock = clock = Clock()
     trainer.add_callback(clock)
     trainer.train()
     timings = clock.timings()
-    amounts = {"samples": train.batch_size, "tokens": tokens}
+    amounts = {"samples": train.batch_size} | {unit: train.batch_size * amount for unit, amount in units.items()}
     lines = [Line(name, timing, amounts if name == "step" else {}) for name, timing in timings.items()]
     shares = {f"{name} / step": timings[name].median_s / timings["step"].median_s for name in _PHASES}
-    on = (
-        f"{recipe.model}, {recipe.tune.mode}, batch {train.batch_size}, {tokens / train.batch_size:.0f} tokens a sample"
-    )
+    size = ", ".join(f"{amount:.0f} {unit} a sample" for unit, amount in units.items())
+    on = f"{recipe.model}, {recipe.tune.mode}, batch {train.batch_size}, {size}"
     return Part("train", on, tuple(lines), shares, _memory())
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -21,9 +22,10 @@ class Timing:
         return statistics.median(self.seconds)
 
     def facts(self) -> dict[str, float | int]:
-        """Return the median and the spread for a report."""
-        low, high = min(self.seconds), max(self.seconds)
-        return {"median_s": self.median_s, "min_s": low, "max_s": high, "repeats": len(self.seconds)}
+        """Return the median, the tail and the spread for a report; of few repeats the tail is the slowest."""
+        p95_s, p99_s = np.quantile(self.seconds, [0.95, 0.99], method="higher").tolist()
+        spread = {"min_s": min(self.seconds), "max_s": max(self.seconds)}
+        return {"median_s": self.median_s, "p95_s": p95_s, "p99_s": p99_s, **spread, "repeats": len(self.seconds)}
 
 
 @dataclass(frozen=True)

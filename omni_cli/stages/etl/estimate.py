@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from omni_cli.errors import DataError, OmniError
-from omni_cli.samples.preprocess import Preprocess
 from omni_cli.samples.sync import time_grid
 from omni_cli.samples.windows import span_us
 from omni_cli.scene.clock import MICROSECONDS_PER_SECOND
@@ -49,11 +48,6 @@ def estimate(job: Job, units: Sequence[Unit]) -> Estimate:
     return Estimate(len(units), seconds / 3600, round(windows), round(stored))
 
 
-def picture_bytes(preprocess: Preprocess) -> int:
-    """Return the bytes of all cameras' pictures at one instant, at most."""
-    return len(preprocess.cameras) * preprocess.cell_width_px * preprocess.cell_height_px * 3
-
-
 def check_space(out: Path, needed_bytes: int) -> None:
     """Refuse to start what the disk cannot hold.
 
@@ -79,4 +73,4 @@ def _one(job: Job, unit: Unit) -> tuple[float, int, int] | None:
         return None
     instants = len(time_grid(first_us, last_us, preprocess.rate_hz))
     windows = max((instants - preprocess.num_frames) // int(job.settings["sample"]["stride"]) + 1, 0)
-    return max(last_us - first_us, 0) / MICROSECONDS_PER_SECOND, windows, instants * picture_bytes(preprocess)
+    return max(last_us - first_us, 0) / MICROSECONDS_PER_SECOND, windows, instants * preprocess.instant_bytes

@@ -43,6 +43,8 @@ def etl(recipe: Any, request: EtlRequest, console: Console) -> dict[str, Any]:
     check_rate(sampled.sample.rate_hz)
     if request.dry_run:
         return dry_run(sampled, request, console)
+    for note in sampled.notes():
+        console.say(note)
     job, plan = prepare(sampled, sampled.preprocess(), request)
     console.say(f"{job.source} in {job.raw}: {len(plan.units)} recordings -> {job.out}")
     _check_settings(job)

@@ -2,12 +2,13 @@
 
 import errno
 import hashlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from scipy.spatial.transform import Rotation
 
 from omni_cli.errors import DataError, OmniError
 from omni_cli.files import hash_json, read_json, receipt_path, remove_leftovers, write_json
@@ -119,20 +120,27 @@ def _identity(recording: Recording, preprocess: Preprocess) -> dict[str, Any]:
     Sizes of the videos, every timestamp and motion sample, and the source's provenance (hashes of fetched files).
     """
     cameras = {name: recording.cameras[name] for name in preprocess.cameras if name in recording.cameras}
-    motion = recording.ego or recording.speed
     return {
         "cameras": {name: _camera_identity(stream) for name, stream in cameras.items()},
-        "motion": [_array_hash(getattr(motion, part.name)) for part in fields(motion)] if motion else [],
+        "motion": _hashes(recording.ego or recording.speed),
+        "device": _hashes(recording.device),
         "provenance": dict(recording.provenance),
         "captions": [[caption.timestamp_us, caption.text] for caption in recording.captions],
     }
 
 
 def _camera_identity(stream: CameraStream) -> list[Any]:
-    video = stream.video
-    size = video.path.stat().st_size - video.offset_bytes if video.size_bytes is None else video.size_bytes
-    return [size, _array_hash(stream.timestamp_us)]
+    sizes = [
+        video.path.stat().st_size - video.offset_bytes if video.size_bytes is None else video.size_bytes
+        for video in stream.videos
+    ]
+    return [sizes, _hashes(stream.timestamp_us), _hashes(stream.calibration)]
 
 
-def _array_hash(values: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()
+def _hashes(value: Any) -> Any:
+    """Return a value of the scene with every array, at any depth, as its hash."""
+    if isinstance(value, Rotation):
+        value = value.as_quat()
+    if isinstance(value, np.ndarray):
+        return hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
+    return [_hashes(getattr(value, part.name)) for part in fields(value)] if is_dataclass(value) else value

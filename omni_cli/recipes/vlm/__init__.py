@@ -1,10 +1,10 @@
 """Fine-tune a vision-language model on tiled multi-camera windows: it answers how the car moved."""
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any, ClassVar, Literal, Self
 
 import pyarrow as pa
@@ -15,82 +15,62 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from omni_cli import files
 from omni_cli.config import Settings
-from omni_cli.errors import UsageError
-from omni_cli.formats import video
-from omni_cli.formats.physical_ai_av import CAMERA_SETS, expand_cameras
-from omni_cli.models import adapters, families, hub_files, losses, qwen_vl, rope, tiny, vision_tower
+from omni_cli.models import adapters, families, hub_files, losses, qwen_vl, tiny
 from omni_cli.models.batched_vision import batch_vision
 from omni_cli.recipe import (
     Batch,
     BuiltModel,
-    ExportedPart,
     Loss,
+    Metric,
+    Pair,
     Prediction,
-    Quantity,
+    Program,
+    Questions,
     Row,
-    SampleSettings,
+    RunProgram,
     SplitSettings,
+    Stroke,
     TrainerKind,
-    TrainSettings,
-    TuneSettings,
 )
+from omni_cli.recipes.vlm import answers
+from omni_cli.recipes.vlm.asking import RowMaker, questions
+from omni_cli.recipes.vlm.exporting import PROBE_SEED, noise, tower_program
+from omni_cli.recipes.vlm.rows import SIDECAR, encode_row, kept_tokenizer, make_tokenizer, prompt_only
+from omni_cli.recipes.vlm.sampling import tiled_preprocess
+from omni_cli.recipes.vlm.settings import VlmSample, VlmTrain, VlmTune
 from omni_cli.samples import prompts
-from omni_cli.samples.preprocess import Preprocess, VisionGrid, fit_canvas
+from omni_cli.samples.dataset import WindowDataset
 from omni_cli.samples.tables import EGO_MOTION_COLUMNS
+from omni_cli.samples.tiling import TiledPreprocess
 from omni_cli.samples.windows import TableMaker, ego_motion_tables
+from omni_cli.scene.clock import Float64Array
+from omni_cli.scene.recording import Recording
 
-_QUANTITIES = {
-    "mean_speed_mps": Quantity("mean_speed_mps", "speed", "m/s"),
-    "displacement_m": Quantity("displacement_m", "displacement", "m"),
-}
+_PROBE_SPEEDS_MPS = (3.0, 21.5)
 _GREY = 128
-_MAX_CAMERAS = 9  # of a 3x3 grid
 _MAX_ANSWER_TOKENS = 96
 _SIDECAR_FORMAT = 1
-SIDECAR = pa.schema(
-    [
-        pa.field("input_ids", pa.list_(pa.field("item", pa.int32(), nullable=False)), nullable=False),
-        pa.field("labels", pa.list_(pa.field("item", pa.int32(), nullable=False)), nullable=False),
-        pa.field("position_ids", pa.list_(pa.field("item", pa.int32(), nullable=False)), nullable=False),  # 4 x length
-    ]
-)
 
 
 class Vlm(Settings):
     """The `vlm` recipe: a Qwen-VL model, adapted or tuned in full, reads its own motion from several cameras."""
 
     name: ClassVar[str] = "vlm"
+    export_formats: ClassVar[tuple[str, ...]] = ("hf", "onnx")
 
     model: str = "Qwen/Qwen2.5-VL-7B-Instruct"  # hub id, folder, or tiny:FAMILY
     quantization: Literal["none", "nf4"] = "none"
     precision: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    sample: SampleSettings = SampleSettings()
+    sample: VlmSample = VlmSample()
     split: SplitSettings = SplitSettings()
-    tune: TuneSettings = TuneSettings()
-    train: TrainSettings = TrainSettings()
+    tune: VlmTune = VlmTune()
+    train: VlmTrain = VlmTrain()
 
     # -- Sampled
 
-    def preprocess(self) -> Preprocess:
+    def preprocess(self) -> TiledPreprocess:
         """Return the frozen preprocessing that these settings ask for."""
-        sample, vision = self.sample, _vision_grid(families.family_of(self.model))
-        cameras = camera_names(sample.cameras)
-        columns = math.ceil(math.sqrt(len(cameras)))
-        rows = math.ceil(len(cameras) / columns)
-        width, height = fit_canvas(sample.canvas_px, sample.aspect * columns / rows, vision)
-        return Preprocess(
-            cameras=cameras,
-            columns=columns,
-            canvas_width_px=width,
-            canvas_height_px=height,
-            num_frames=sample.window,
-            rate_hz=sample.rate_hz,
-            labels=sample.labels,
-            past_speed=sample.past_speed,
-            decoder=sample.decoder,
-            decoder_id=video.decoder_id(sample.decoder),
-            vision=vision,
-        )
+        return tiled_preprocess(self.model, self.sample)
 
     def target_columns(self) -> tuple[pa.Field, ...]:
         """Return the columns of the ego motion over each window."""
@@ -98,16 +78,24 @@ class Vlm(Settings):
 
     def table_maker(self) -> TableMaker:
         """Return what cuts a recording into windows with their ego motion."""
-        max_age_us = round(self.sample.max_age_ms * 1000)
-        return partial(ego_motion_tables, stride=self.sample.stride, max_age_us=max_age_us)
+        return partial(ego_motion_tables, stride=self.sample.stride, max_age_us=self.sample.max_age_us)
+
+    def notes(self) -> tuple[str, ...]:
+        """There is nothing to be told."""
+        return ()
 
     # -- Tokenized
 
-    def tokenizer(self, preprocess: Preprocess) -> Any:
-        """Return the base model's tokenizer; a tiny model's is made from the recipe's sentences."""
-        return _make_tokenizer(self.model, tuple(prompts.sample_sentences(preprocess)))
+    @property
+    def max_tokens(self) -> int:
+        """A longer sample is refused, and never cut."""
+        return self.train.max_tokens
 
-    def sidecar_key(self, preprocess: Preprocess) -> str:
+    def tokenizer(self, preprocess: TiledPreprocess) -> Any:
+        """Return the base model's tokenizer; a tiny model's is made from the recipe's sentences."""
+        return make_tokenizer(self.model, tuple(prompts.sample_sentences(preprocess)))
+
+    def sidecar_key(self, preprocess: TiledPreprocess) -> str:
         """Return the hash of everything that token ids depend on."""
         facts = {
             "format": _SIDECAR_FORMAT,
@@ -117,15 +105,15 @@ class Vlm(Settings):
         }
         return files.hash_json(facts)[:16]
 
-    def encode_windows(self, windows: pa.Table, preprocess: Preprocess) -> pa.Table:
+    def encode_windows(self, windows: pa.Table, preprocess: TiledPreprocess) -> pa.Table:
         """Return input_ids, labels and position_ids of each window."""
         tokenizer, time_step = self._encoder(preprocess), self._time_step(preprocess)
-        rows = [_encode(row, preprocess, tokenizer, time_step) for row in windows.to_pylist()]
+        rows = [encode_row(row, preprocess, tokenizer, time_step) for row in windows.to_pylist()]
         return pa.Table.from_pylist(rows, schema=SIDECAR)
 
     # -- Trainable
 
-    def build(self, preprocess: Preprocess, checkpoint: Path | None = None) -> BuiltModel:
+    def build(self, preprocess: TiledPreprocess, checkpoint: Path | None = None) -> BuiltModel:
         """Build the model that learns, from its checkpoint where a fully tuned run resumes."""
         tokenizer = self.tokenizer(preprocess)
         # transformers 5.23 loads a full Qwen2.5-VL checkpoint with strict=False and matches no key: build from it.
@@ -135,7 +123,7 @@ class Vlm(Settings):
             return BuiltModel(model, tokenizer)
         return BuiltModel(adapters.attach(model, self._adapter()), tokenizer)
 
-    def size(self, preprocess: Preprocess) -> tuple[int, int, int]:
+    def size(self, preprocess: TiledPreprocess) -> tuple[int, int, int]:
         """Return how many weights there are, how many learn, and the bytes of all, without making one."""
         if families.is_tiny(self.model):
             config = tiny.tiny_config(families.family_of(self.model).name, self.tokenizer(preprocess))
@@ -149,7 +137,7 @@ class Vlm(Settings):
         )
         return total, trainable, weight_bytes
 
-    def load_base(self, preprocess: Preprocess, source: str | None = None) -> Any:
+    def load_base(self, preprocess: TiledPreprocess, source: str | None = None) -> Any:
         """Return the base model, or the same architecture with the weights of `source`."""
         dtype = qwen_vl.DTYPES[self.precision]
         if source is None and families.is_tiny(self.model):
@@ -158,7 +146,7 @@ class Vlm(Settings):
             return batch_vision(qwen_vl.place(drawn, "cpu", self.precision))
         return batch_vision(qwen_vl.load_model(source or self.model, dtype, self.quantization))
 
-    def collate(self, rows: Sequence[Row], preprocess: Preprocess) -> Batch:
+    def collate(self, rows: Sequence[Row], preprocess: TiledPreprocess) -> Batch:
         """Stack rows, padded on the right; pictures stay uint8 (n, frames, height, width, 3)."""
         ids = [row["input_ids"] for row in rows]
         pad = 0  # masked by attention_mask and labels: any id would do
@@ -167,18 +155,18 @@ class Vlm(Settings):
             "labels": qwen_vl.pad_rows([row["labels"] for row in rows], losses.IGNORED),
             "attention_mask": qwen_vl.pad_rows([torch.ones_like(row) for row in ids], 0),
             "position_ids": qwen_vl.pad_rows([row["position_ids"] for row in rows], 0).transpose(0, 1).contiguous(),
-            "canvases": torch.stack([row["canvases"] for row in rows]),
+            "pictures": torch.stack([row["pictures"] for row in rows]),
         }
 
-    def loss(self, model: nn.Module, batch: Batch, preprocess: Preprocess) -> Loss:
+    def loss(self, model: nn.Module, batch: Batch, preprocess: TiledPreprocess) -> Loss:
         """Return the summed cross-entropy of the answers' tokens."""
         positions = losses.labelled_positions(batch["labels"])
-        total, count = losses.token_loss(self.logits(model, batch, preprocess), batch["labels"], positions)
+        total, count = losses.token_loss(self.outputs(model, batch, preprocess), batch["labels"], positions)
         return Loss(total, count)
 
-    def logits(self, model: nn.Module, batch: Batch, preprocess: Preprocess) -> Tensor:
+    def outputs(self, model: nn.Module, batch: Batch, preprocess: TiledPreprocess) -> Tensor:
         """Return the logits (rows, labelled positions, vocabulary) of a batch."""
-        features = self._features(model, batch["canvases"], preprocess)
+        features = self._features(model, batch["pictures"], preprocess)
         return qwen_vl.forward_logits(model, batch, features, losses.labelled_positions(batch["labels"]))
 
     def trainer(self) -> TrainerKind:
@@ -190,7 +178,7 @@ class Vlm(Settings):
         """Write the adapter's folder, or the whole model's, with the tokenizer."""
         qwen_vl.save_model(built.model, built.tokenizer, folder)
 
-    def load(self, preprocess: Preprocess, folder: Path) -> BuiltModel:
+    def load(self, preprocess: TiledPreprocess, folder: Path) -> BuiltModel:
         """Load trained weights: the whole model, or the base with its adapter."""
         tokenizer = qwen_vl.load_tokenizer(str(folder))
         if self.tune.mode == "full":
@@ -203,17 +191,36 @@ class Vlm(Settings):
             return f"{self.model} seed {self.train.seed}"
         return qwen_vl.weights_fingerprint(self.model)
 
-    # -- Evaluable, Inferable
+    # -- Evaluable
 
     @property
-    def quantities(self) -> tuple[Quantity, ...]:
-        """What an answer in this format states."""
-        return tuple(_QUANTITIES[column] for column in prompts.ANSWERED[self.sample.labels])
+    def metrics(self) -> tuple[Metric, ...]:
+        """Absolute errors of what an answer states."""
+        return answers.metrics(self._columns)
 
-    def predict(self, built: BuiltModel, rows: Sequence[Row], preprocess: Preprocess) -> list[Prediction]:
+    @property
+    def reference(self) -> str:
+        """The train set's median of each quantity."""
+        return answers.CONSTANT
+
+    def errors(
+        self, predictions: Sequence[Prediction], rows: Sequence[Row], medians: Mapping[str, float]
+    ) -> dict[str, Float64Array]:
+        """Return the absolute errors; an answer that could not be read counts as the median."""
+        return answers.errors(self._columns, predictions, rows, medians)
+
+    def baselines(self, rows: Sequence[Row], medians: Mapping[str, float]) -> dict[str, list[Prediction]]:
+        """Return the median, and where the speed at the start is told also constant velocity."""
+        return answers.baselines(self._columns, rows, medians, past_speed=self.sample.past_speed)
+
+    def pairs(self, predictions: Sequence[Prediction], rows: Sequence[Row]) -> tuple[Pair, ...]:
+        """Return each quantity as predicted and as it was."""
+        return answers.pairs(self._columns, predictions, rows)
+
+    def predict(self, built: BuiltModel, rows: Sequence[Row], preprocess: TiledPreprocess) -> list[Prediction]:
         """Answer each window greedily from its pictures and prompt."""
         device = next(built.model.parameters()).device
-        prompt = [_prompt_only(row) for row in rows]
+        prompt = [prompt_only(row) for row in rows]
         ids = [ids for ids, _ in prompt]
         pad = built.tokenizer.pad_token_id
         batch = {
@@ -221,9 +228,9 @@ class Vlm(Settings):
             "attention_mask": qwen_vl.pad_rows([torch.ones_like(row) for row in ids], 0, left=True).to(device),
             "position_ids": qwen_vl.pad_rows([p for _, p in prompt], 0, left=True).transpose(0, 1).to(device),
         }
-        canvases = torch.stack([row["canvases"] for row in rows]).to(device)
+        pictures = torch.stack([row["pictures"] for row in rows]).to(device)
         with torch.no_grad():
-            features = self._features(built.model, canvases, preprocess)
+            features = self._features(built.model, pictures, preprocess)
         texts = qwen_vl.generate_text(
             built.model,
             built.tokenizer,
@@ -234,19 +241,55 @@ class Vlm(Settings):
         )
         return [Prediction(text, prompts.parse_answer(preprocess.labels, text)) for text in texts]
 
-    def prompt_row(self, canvases: Tensor, preprocess: Preprocess, tokenizer: Any, start_speed_mps: float) -> Row:
-        """Return a row without an answer, for a window that no shard holds."""
+    def prompt_row(self, pictures: Tensor, preprocess: TiledPreprocess, tokenizer: Any, start_speed_mps: float) -> Row:
+        """Return a row whose answer is a placeholder, for a window that no shard holds.
+
+        Args:
+            pictures: (num_frames, height, width, 3) uint8.
+            preprocess: how the window was made.
+            tokenizer: of the model.
+            start_speed_mps: forward speed at the first instant; told only where `preprocess.past_speed` says so.
+        """
         targets = {"start_speed_mps": start_speed_mps, "mean_speed_mps": 0.0, "displacement_m": 0.0}
-        encoded = _encode(targets, preprocess, tokenizer, self._time_step(preprocess))
+        encoded = encode_row(targets, preprocess, tokenizer, self._time_step(preprocess))
         length = len(encoded["input_ids"])
         return {
             "input_ids": torch.tensor(encoded["input_ids"]),
             "labels": torch.tensor(encoded["labels"]),
             "position_ids": torch.tensor(encoded["position_ids"]).view(4, length),
-            "canvases": canvases,
+            "pictures": pictures,
         }
 
-    def load_base_to_ask(self, preprocess: Preprocess) -> tuple[BuiltModel, str]:
+    # -- Inferable
+
+    def questions(self, recording: Recording, built: BuiltModel, preprocess: TiledPreprocess, stride: int) -> Questions:
+        """Return the windows of a recording or a mosaic.
+
+        Raises:
+            DataError: a camera is missing, no window is left, or the speed that the prompt tells is not known.
+        """
+        return questions(recording, preprocess, stride, self.sample.max_age_us, self._row_maker(built, preprocess))
+
+    def _row_maker(self, built: BuiltModel, preprocess: TiledPreprocess) -> RowMaker:
+        return lambda pictures, speed_mps: self.prompt_row(pictures, preprocess, built.tokenizer, speed_mps)
+
+    def caption(self, values: Mapping[str, Any] | None, at: int = -1) -> str:
+        """Return `speed 5.23 m/s, displacement 42.15 m`."""
+        return answers.caption(self._columns, values)
+
+    def plain(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the quantities."""
+        return dict(values)
+
+    def speaks_for(self, window: int, stride: int, preprocess: TiledPreprocess) -> range:
+        """Every instant of the window."""
+        return range(preprocess.num_frames)
+
+    def strokes(self, recording: Recording, values: Mapping[str, Any], at: int, at_us: int) -> tuple[Stroke, ...]:
+        """Nothing: an answer is a text."""
+        return ()
+
+    def load_base_to_ask(self, preprocess: TiledPreprocess) -> tuple[BuiltModel, str]:
         """Return the base model as it is, and what that means for its answers."""
         built = BuiltModel(self.load_base(preprocess).eval(), self.tokenizer(preprocess))
         if families.is_tiny(self.model):
@@ -259,7 +302,7 @@ class Vlm(Settings):
 
     # -- Mergeable
 
-    def load_to_merge(self, preprocess: Preprocess, folder: Path) -> BuiltModel:
+    def load_to_merge(self, preprocess: TiledPreprocess, folder: Path) -> BuiltModel:
         """Load an adapter over a fresh base that is not quantised."""
         return self.model_copy(update={"quantization": "none"}).load(preprocess, folder)
 
@@ -271,6 +314,17 @@ class Vlm(Settings):
         """Fold the adapter into its base; the adapted model is used up."""
         return BuiltModel(adapters.merge(built.model), built.tokenizer)
 
+    def probe_rows(self, built: BuiltModel, preprocess: TiledPreprocess) -> list[Row]:
+        """Return two windows of noise, with an answer at every position of which a model is probed."""
+        generator = torch.Generator().manual_seed(PROBE_SEED)
+        windows = [noise(preprocess.window_shape, generator) for _ in _PROBE_SPEEDS_MPS]
+        pairs = zip(windows, _PROBE_SPEEDS_MPS, strict=True)
+        return [self.prompt_row(pictures, preprocess, built.tokenizer, speed_mps) for pictures, speed_mps in pairs]
+
+    def choices(self, outputs: Tensor) -> Tensor:
+        """Return the most likely token at each position."""
+        return outputs.argmax(-1)
+
     def of_whole_model(self, model: str) -> Self:
         """Return this recipe with a whole, unquantised model as its base."""
         tune = self.tune.model_copy(update={"mode": "full"})
@@ -278,18 +332,15 @@ class Vlm(Settings):
 
     # -- Exportable
 
-    def export_part(self, built: BuiltModel, preprocess: Preprocess, batch: int) -> ExportedPart:
-        """Return the vision tower for a fixed number of windows."""
-        black = torch.zeros(batch, preprocess.num_frames, preprocess.canvas_height_px, preprocess.canvas_width_px, 3)
-        example = self.export_pixels(black.to(torch.uint8), preprocess)
-        tower = vision_tower.VisionTower(built.model, preprocess.grid, batch, example)
-        return ExportedPart(tower, example, vision_tower.INPUT_NAME, tower.output_names())
+    def programs(self, built: BuiltModel, preprocess: TiledPreprocess, batches: Sequence[int]) -> list[Program]:
+        """Return the vision tower, once for each number of windows: the grid is fixed inside it."""
+        return [tower_program(built.model, preprocess, batch) for batch in batches]
 
-    def export_pixels(self, canvases: Tensor, preprocess: Preprocess) -> Tensor:
-        """Return the patches that the vision tower takes."""
-        return preprocess.pixel_values(canvases)
+    def rehearse(self, built: BuiltModel, written: Sequence[Program], run: RunProgram, dtype: str) -> dict[str, float]:
+        """Nothing: the tower has no state."""
+        return {}
 
-    def write_processor_files(self, folder: Path, preprocess: Preprocess) -> None:
+    def write_processor_files(self, folder: Path, preprocess: TiledPreprocess) -> None:
         """Write the processor's configuration, and the chat template into the tokenizer."""
         canvas_px = (preprocess.canvas_width_px, preprocess.canvas_height_px)
         family = families.FAMILIES[preprocess.vision.family]
@@ -298,18 +349,37 @@ class Vlm(Settings):
         tokenizer.chat_template = prompts.chat_template(preprocess)
         tokenizer.save_pretrained(folder)
 
+    # -- Benchable
+
+    def core(self, built: BuiltModel) -> nn.Module:
+        """Return the model: each of its forward passes gives every row of a batch a token."""
+        core: nn.Module = qwen_vl.base_of(built.model)
+        return core
+
+    def answer_units(self, forwards: int, preprocess: TiledPreprocess) -> dict[str, float]:
+        """Return the tokens of an answer."""
+        return {"tokens": forwards}
+
+    def sample_units(self, dataset: WindowDataset) -> dict[str, float]:
+        """Return the tokens of a sample in the mean."""
+        return {"tokens": mean(dataset.token_lengths())}
+
     # -- inside
 
-    def _encoder(self, preprocess: Preprocess) -> Any:
-        return _kept_tokenizer(self.model, tuple(prompts.sample_sentences(preprocess)))
+    @property
+    def _columns(self) -> tuple[str, ...]:
+        return prompts.ANSWERED[self.sample.labels]
 
-    def _features(self, model: nn.Module, canvases: Tensor, preprocess: Preprocess) -> Any:
-        windows = len(canvases)
+    def _encoder(self, preprocess: TiledPreprocess) -> Any:
+        return kept_tokenizer(self.model, tuple(prompts.sample_sentences(preprocess)))
+
+    def _features(self, model: nn.Module, pictures: Tensor, preprocess: TiledPreprocess) -> Any:
+        windows = len(pictures)
         if self.train.blind:
-            canvases = torch.full_like(canvases[:1], _GREY)
+            pictures = torch.full_like(pictures[:1], _GREY)
         dtype = qwen_vl.base_of(model).model.visual.dtype
-        pixels = preprocess.pixel_values(canvases).to(dtype)
-        grids = torch.tensor([preprocess.grid] * len(canvases), device=canvases.device)
+        pixels = preprocess.pixel_values(pictures).to(dtype)
+        grids = torch.tensor([preprocess.grid] * len(pictures), device=pictures.device)
         features = qwen_vl.video_features(model, pixels, grids)
         return qwen_vl.repeat_features(features, windows) if self.train.blind else features
 
@@ -319,60 +389,9 @@ class Vlm(Settings):
             tune.rank, tune.alpha, tune.dropout, tune.targets, tune.mode == "dora", tune.train_merger
         )
 
-    def _time_step(self, preprocess: Preprocess) -> float:
+    def _time_step(self, preprocess: TiledPreprocess) -> float:
         if preprocess.vision.family != "qwen2_5_vl":
             return 1.0
         if families.is_tiny(self.model):
             return tiny.TOKENS_PER_SECOND * preprocess.seconds_per_grid
         return float(families.model_config(self.model).vision_config.tokens_per_second) * preprocess.seconds_per_grid
-
-
-def camera_names(text: str) -> tuple[str, ...]:
-    """Return the cameras of a set, or the names between commas.
-
-    Raises:
-        UsageError: there are none, or too many for a 3x3 grid.
-    """
-    names = expand_cameras(text)
-    if not 1 <= len(names) <= _MAX_CAMERAS:
-        raise UsageError(f"cameras {text!r}: expected {', '.join(CAMERA_SETS)}, or 1 to 9 names with commas")
-    return names
-
-
-def _make_tokenizer(model: str, sentences: tuple[str, ...]) -> Any:
-    return tiny.tiny_tokenizer(sentences) if families.is_tiny(model) else qwen_vl.load_tokenizer(model)
-
-
-# To load one takes longer than to encode a recording. It is never given away: a trainer changes its own.
-_kept_tokenizer = lru_cache(maxsize=2)(_make_tokenizer)
-
-
-def _vision_grid(family: families.VisionFamily) -> VisionGrid:
-    return VisionGrid(
-        family=family.name,  # type: ignore[arg-type]  # the table's keys are the literal's values
-        patch_px=family.patch_px,
-        merge=family.merge,
-        temporal_patch=family.temporal_patch,
-        mean=family.mean,
-        std=family.std,
-    )
-
-
-def _encode(row: Mapping[str, Any], preprocess: Preprocess, tokenizer: Any, time_step: float) -> dict[str, list[int]]:
-    prompt = tokenizer.encode(prompts.render_prompt(preprocess, row["start_speed_mps"]), add_special_tokens=False)
-    answer = tokenizer.encode(prompts.render_answer(preprocess.labels, row) + prompts.ANSWER_END)
-    ids = prompt + answer
-    positions = rope.rope_ids(
-        ids,
-        video_token=tokenizer.convert_tokens_to_ids(prompts.VIDEO_TOKEN),
-        grid=preprocess.grid,
-        merge=preprocess.vision.merge,
-        time_step=time_step,
-    )
-    labels = [losses.IGNORED] * len(prompt) + answer
-    return {"input_ids": ids, "labels": labels, "position_ids": positions.flatten().tolist()}
-
-
-def _prompt_only(row: Row) -> tuple[Tensor, Tensor]:
-    length = int((row["labels"] == losses.IGNORED).sum())
-    return row["input_ids"][:length], row["position_ids"][:, :length]

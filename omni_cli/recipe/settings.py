@@ -1,0 +1,69 @@
+"""What every recipe lets its user set; a recipe adds what else it needs."""
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from omni_cli.config import Settings
+
+
+class SampleSettings(Settings):
+    """Which instants and cameras make a window; a recipe adds what else it needs."""
+
+    cameras: str
+    window: int = Field(16, ge=1)  # frames
+    stride: int = Field(8, ge=1)  # frames between the starts of two windows
+    rate_hz: float = Field(10.0, gt=0)
+    max_age_ms: float = Field(100.0, gt=0)  # a frame older than this at its instant drops the window
+
+    @property
+    def max_age_us(self) -> int:
+        """The same in microseconds."""
+        return round(self.max_age_ms * 1000)
+
+
+class SplitSettings(Settings):
+    """How windows are kept apart: by recording (hash), or by time inside each recording (for a single drive)."""
+
+    rule: Literal["hash", "time"] = "hash"
+    validation: float = Field(0.2, gt=0, lt=1)  # share of recordings (hash) or the last share of the time (time)
+    gap_s: float = Field(5.0, ge=0)  # time rule: windows within this of the boundary belong to no split
+    seed: int = 0
+
+
+class TuneSettings(Settings):
+    """Which weights learn."""
+
+    mode: Literal["lora", "dora", "full"] = "lora"
+    rank: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: tuple[str, ...] = ()  # layers that get an adapter
+
+
+class TrainSettings(Settings):
+    """The optimiser's schedule and the run's habits."""
+
+    batch_size: int = Field(8, ge=1)
+    accumulation: int = Field(1, ge=1)
+    learning_rate: float = Field(1e-4, gt=0)
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    warmup_ratio: float = Field(0.1, ge=0, lt=1)
+    weight_decay: float = Field(0.01, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    optimizer: str = "adamw_torch_fused"
+    epochs: float = Field(1.0, gt=0)
+    max_steps: int = Field(-1, ge=-1)  # -1: as many as the epochs take
+    gradient_checkpointing: bool = True
+    save_steps: int = Field(50, ge=1)
+    log_steps: int = Field(10, ge=1)  # checkpoints are logged too
+    workers: int = Field(2, ge=0)
+    seed: int = 0
+    blind: bool = False  # a control: every picture is replaced by mid grey
+
+    @field_validator("max_steps")
+    @classmethod
+    def _not_zero(cls, value: int) -> int:
+        if value == 0:
+            raise ValueError("expected 1 or more, or -1 for as many as the epochs take")
+        return value
