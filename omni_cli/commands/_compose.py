@@ -24,6 +24,7 @@ FLAG_KEYS: Mapping[str, tuple[str, str]] = {
     "--rate-hz": ("sample", "rate_hz"),
     "--canvas": ("sample", "canvas_px"),
     "--labels": ("sample", "labels"),
+    "--teacher": ("sample", "teacher"),
     "--split": ("split", "rule"),
 }
 

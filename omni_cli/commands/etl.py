@@ -39,6 +39,10 @@ def command(
     labels: Annotated[
         str | None, typer.Option(metavar="NAME", help="What the answers tell: ego-motion or speed.")
     ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(metavar="motion|log|FILES", help="Who says where to drive (distill); FILES: A.onnx,B.onnx."),
+    ] = None,
     split: Annotated[
         str | None, typer.Option(metavar="hash|time|FILE", help="How windows to train on and to measure on are parted.")
     ] = None,
@@ -66,7 +70,7 @@ def command(
     console = Console(quiet=quiet, json_output=json)
     rule, split_file = parse_split(split)
     flags = {"--cameras": cameras, "--window": window, "--stride": stride, "--rate-hz": rate_hz, "--canvas": canvas}
-    flags |= {"--labels": labels, "--split": rule}
+    flags |= {"--labels": labels, "--teacher": teacher, "--split": rule}
     chosen = choose_profile(profile, console, dry_run=dry_run)
     settings = compose_recipe(recipe, chosen, config=config, sets=sets, flags=flags).value
     request = EtlRequest(

@@ -1,0 +1,226 @@
+"""From one recording to the shard tables of a driving student: packed model frames, and the targets of every step."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from omni_cli.errors import DataError
+from omni_cli.formats.driving_model import PICTURE_SHAPE
+from omni_cli.formats.video import Uint8Array
+from omni_cli.samples.driven_path import DrivenPaths, driven_paths
+from omni_cli.samples.model_steps import ModelFramePreprocess
+from omni_cli.samples.model_views import warped_frames
+from omni_cli.samples.step_labels import Labeller, Looks, StepLabels, counted, desire_pulses
+from omni_cli.samples.sync import PlannedWindow
+from omni_cli.samples.tables import STEP_COLUMNS, ShardTables
+from omni_cli.samples.windows import (
+    AssignSplit,
+    choose_windows,
+    frame_rows,
+    frames_table,
+    wanted_frames,
+    windows_table,
+)
+from omni_cli.scene.clock import Int64Array, nearest_to
+from omni_cli.scene.model_frame import MODEL_VIEWS
+from omni_cli.scene.recording import Recording
+
+MAX_PAIR_US = 10_000  # between the exposures of two cameras that a driving model looks at together
+_DTYPES = {one.name: one.type.value_type.to_pandas_dtype() for one in STEP_COLUMNS if pa.types.is_list(one.type)}
+
+
+@dataclass(frozen=True)
+class StepFilters:
+    """Which steps count; the others are looked at, so that memories are whole, and never learned from or measured."""
+
+    calibrated: bool = False  # only while the device knew its mount
+    fix: bool = False  # only while there was a satellite fix
+
+
+def driving_tables(
+    recording: Recording,
+    preprocess: ModelFramePreprocess,
+    *,
+    stride: int,
+    max_age_us: int,
+    filters: StepFilters,
+    label: Labeller,
+    assign_split: AssignSplit,
+) -> ShardTables:
+    """Cut a recording into windows of steps, warp what they look at, and ask the teacher.
+
+    Args:
+        recording: with the cameras of `preprocess`, calibrated, and how the car moved.
+        preprocess: cameras, warp, time grid.
+        stride: instants between the starts of two windows.
+        max_age_us: a window with a frame older than this at its instant is dropped.
+        filters: which steps count.
+        label: the teacher.
+        assign_split: (start_us, end_us) of a window -> its split, or None where it belongs to no split.
+
+    Raises:
+        DataError: a camera, its calibration, the motion or what the teacher needs is missing, or no window is left.
+    """
+    chosen = choose_windows(recording, preprocess, stride=stride, max_age_us=max_age_us, assign_split=assign_split)
+    windows = tuple(per_view(recording, window, preprocess) for window in chosen.windows)
+    wanted = wanted_frames(windows)
+    pictures = _view_pictures(recording, preprocess, wanted)
+    looks = _looks(recording, windows, wanted, pictures)
+    driven = driven_paths(recording, looks.timestamp_us, camera=preprocess.cameras[0])
+    columns = _per_instant(recording, looks, driven, label(recording, looks, driven), filters)
+    _check_steps(recording.id, columns)
+    steps = [np.searchsorted(looks.instants_us, window.instants_us[1:]) for window in windows]
+    targets: dict[str, Any] = {name: [_flat(name, values[rows]) for rows in steps] for name, values in columns.items()}
+    targets["left_hand_traffic"] = np.full(len(windows), looks.is_left_hand_traffic, dtype=np.int32)
+    table = windows_table(replace(chosen, windows=windows), frame_rows(windows, wanted), targets, STEP_COLUMNS)
+    return ShardTables(_frames(recording, preprocess, wanted, pictures), table, chosen.dropped)
+
+
+def per_view(recording: Recording, window: PlannedWindow, preprocess: ModelFramePreprocess) -> PlannedWindow:
+    """Return a window of cameras as one of views: a single camera gives both, a wide one is paired with the road's.
+
+    Two cameras are exposed together, the wide one most often a fraction of a millisecond later: its last frame up to
+    the road's time would be the one before.
+
+    Raises:
+        DataError: the wide camera has no frame within 10 ms of one of the road's, which openpilot would not look at.
+    """
+    road_us = window.timestamp_us[:, 0]
+    index, times_us = [window.frame_index[:, 0]], [road_us]
+    for camera in preprocess.cameras[1:]:
+        own_us = recording.cameras[camera].timestamp_us
+        nearest = nearest_to(own_us, road_us)
+        if (apart_us := int(np.abs(own_us[nearest] - road_us).max())) > MAX_PAIR_US:
+            raise DataError(
+                f"{recording.id}: {camera} and the road camera are up to {apart_us / 1000:.1f} ms apart, at most "
+                f"{MAX_PAIR_US / 1000:g} ms was expected; look with the road camera alone"
+            )
+        index.append(nearest)
+        times_us.append(own_us[nearest])
+    camera_of_view = _camera_of_view(preprocess)
+    return PlannedWindow(
+        window.instants_us,
+        np.stack([index[camera] for camera in camera_of_view], axis=1),
+        np.stack([times_us[camera] for camera in camera_of_view], axis=1),
+    )
+
+
+def window_pictures(
+    recording: Recording, preprocess: ModelFramePreprocess, windows: Sequence[PlannedWindow]
+) -> Iterator[Uint8Array]:
+    """Yield the pictures (num_frames, views, 6, 128, 256) of each window of views, in order.
+
+    Frames are decoded while they are asked for, and forgotten with the last window that looks at them.
+    """
+    wanted, kept = wanted_frames(windows), [dict[int, Uint8Array]() for _ in MODEL_VIEWS]
+    decoded = [_one_view(recording, preprocess, view, frames) for view, frames in enumerate(wanted)]
+    for window in windows:
+        pictures = np.empty(preprocess.window_shape, dtype=np.uint8)
+        for view, (have, more) in enumerate(zip(kept, decoded, strict=True)):
+            for gone in [frame for frame in have if frame < window.frame_index[0, view]]:
+                del have[gone]
+            for at, frame in enumerate(window.frame_index[:, view].tolist()):
+                while frame not in have:
+                    have.update([next(more)])
+                pictures[at, view] = have[frame]
+        yield pictures
+
+
+def _camera_of_view(preprocess: ModelFramePreprocess) -> list[int]:
+    return [min(view, len(preprocess.cameras) - 1) for view in range(len(MODEL_VIEWS))]
+
+
+def _one_view(
+    recording: Recording, preprocess: ModelFramePreprocess, view: int, frames: Int64Array
+) -> Iterator[tuple[int, Uint8Array]]:
+    camera = preprocess.cameras[_camera_of_view(preprocess)[view]]
+    for frame, (picture,) in warped_frames(
+        recording, camera, frames, MODEL_VIEWS[view : view + 1], preprocess.sampling
+    ):
+        yield frame, picture
+
+
+def _view_pictures(
+    recording: Recording, preprocess: ModelFramePreprocess, wanted: Sequence[Int64Array]
+) -> tuple[Uint8Array, ...]:
+    """Return the pictures of each view (frames, 6, 128, 256); each camera is decoded once."""
+    pictures = [np.empty((len(frames), *PICTURE_SHAPE), dtype=np.uint8) for frames in wanted]
+    camera_of_view = _camera_of_view(preprocess)
+    for number, camera in enumerate(preprocess.cameras):
+        mine = [view for view, of in enumerate(camera_of_view) if of == number]
+        views = [MODEL_VIEWS[view] for view in mine]
+        warped = warped_frames(recording, camera, wanted[mine[0]], views, preprocess.sampling)
+        for row, (_, seen) in enumerate(warped):
+            for view, picture in zip(mine, seen, strict=True):
+                pictures[view][row] = picture
+    return tuple(pictures)
+
+
+def _looks(
+    recording: Recording,
+    windows: Sequence[PlannedWindow],
+    wanted: Sequence[Int64Array],
+    pictures: tuple[Uint8Array, ...],
+) -> Looks:
+    """Return every instant that a window looks at, once."""
+    instants_us, first = np.unique(np.concatenate([window.instants_us for window in windows]), return_index=True)
+    frames = np.concatenate([window.frame_index for window in windows])[first]
+    times_us = np.concatenate([window.timestamp_us for window in windows])[first, 0]
+    rows = np.stack([np.searchsorted(mine, frames[:, view]) for view, mine in enumerate(wanted)], axis=1)
+    device = recording.device
+    pulses = desire_pulses(device.desire if device else None, instants_us)
+    return Looks(instants_us, times_us, pictures, rows, pulses, bool(device and device.is_right_hand_drive))
+
+
+def _per_instant(
+    recording: Recording, looks: Looks, driven: DrivenPaths, labels: StepLabels, filters: StepFilters
+) -> Mapping[str, np.ndarray]:
+    """Return the value of every list column at each instant."""
+    counts = counted(recording.device, looks.timestamp_us, calibrated=filters.calibrated, fix=filters.fix)
+    columns: dict[str, np.ndarray] = {
+        "driven_xy_m": driven.xy_m,
+        "driven_points": driven.num_points,
+        "speed_mps": driven.speed_mps,
+        "yaw_rate_radps": driven.yaw_rate_radps,
+        "target_xy_m": labels.xy_m,
+        "target_points": labels.num_points,
+        "desire_pulse": looks.desire_pulse,
+        "counts": counts,
+    }
+    count, scene = len(looks.timestamp_us), labels.scene
+    nothing = np.zeros((count, 0))
+    names = ("is_known", "lane_lines_m", "lane_line_prob", "road_edges_m", "lead", "lead_prob")
+    return columns | {f"scene_{name}": nothing if scene is None else getattr(scene, name) for name in names}
+
+
+def _check_steps(recording_id: str, columns: Mapping[str, np.ndarray]) -> None:
+    """Refuse a recording of which no step can be learned from or measured."""
+    counts, labelled = columns["counts"], (columns["driven_points"] > 0) | (columns["target_points"] > 0)
+    if not (counts & labelled).any():
+        raise DataError(
+            f"{recording_id}: no step can be learned from: of {len(counts)}, {counts.sum()} pass the filters and "
+            f"{labelled.sum()} have a path; expected some that do both: allow more with sample.require_calibrated and "
+            "sample.require_fix, or take another drive"
+        )
+
+
+def _flat(name: str, values: np.ndarray) -> np.ndarray:
+    return values.ravel().astype(_DTYPES[name])
+
+
+def _frames(
+    recording: Recording,
+    preprocess: ModelFramePreprocess,
+    wanted: Sequence[Int64Array],
+    pictures: Sequence[Uint8Array],
+) -> pa.Table:
+    _, height, width = PICTURE_SHAPE
+    size_px = (2 * width, 2 * height)
+    cameras = [preprocess.cameras[number] for number in _camera_of_view(preprocess)]
+    return pa.concat_tables(
+        frames_table(view.name, frames, recording.cameras[camera].timestamp_us[frames], size_px, seen)
+        for view, camera, frames, seen in zip(MODEL_VIEWS, cameras, wanted, pictures, strict=True)
+    )
