@@ -447,6 +447,10 @@ def test_the_synthetic_world_is_rendered_once_and_mended(tmp_path):
     get(tmp_path, **{**options, "chunks": "3-3"})
     assert sorted(map(int, json.loads((folder / "synthetic.json").read_text())["chunks"])) == [0, 1, 3]
     assert len(open_source("synthetic", folder).recordings()) == 3
+    record = json.loads((folder / "synthetic.json").read_text())
+    del record["spec"]["roads"]  # as it was written before there were winding ones
+    (folder / "synthetic.json").write_text(json.dumps(record))
+    assert get(tmp_path, **options)["fetched"] == 0
     other = {**options, "synthetic": SyntheticSpec(seed=4, clips_per_chunk=1, seconds=0.3, fps=10)}
     with pytest.raises(UsageError, match=r"another synthetic world \(.*seed: 3 there, 4 asked for.*--data"):
         get(tmp_path, **other)
@@ -457,5 +461,5 @@ def test_the_synthetic_world_is_rendered_once_and_mended(tmp_path):
 def test_the_fetch_table_of_omni_run_draws_the_same_world_as_omni_fetch() -> None:
     assert fetch_request(FetchSettings(), Path("d")).synthetic == SyntheticSpec()
     assert fetch_request(FetchSettings(), Path("d")).chunks == "2"
-    asked = fetch_request(FetchSettings(rig="b", clutter=0.5, seed=3, size="96x54"), Path("d")).synthetic
-    assert asked == SyntheticSpec(rig="b", clutter=0.5, seed=3, width_px=96, height_px=54)
+    asked = fetch_request(FetchSettings(rig="b", clutter=0.5, seed=3, size="96x54", roads="winding"), Path("d"))
+    assert asked.synthetic == SyntheticSpec(rig="b", clutter=0.5, seed=3, width_px=96, height_px=54, roads="winding")

@@ -16,7 +16,7 @@ from omni_cli.scene.poses import Pose
 from omni_cli.world import ground, roads
 from omni_cli.world.clip import SyntheticSpec, build_clip, clip_id
 from omni_cli.world.dataset import render_clip
-from omni_cli.world.motion import Drive, random_drive
+from omni_cli.world.motion import Drive, random_drive, winding_drive
 from omni_cli.world.objects import Quads
 from omni_cli.world.render import build_world, camera_view, image_points, render
 from omni_cli.world.rig import field_of_view_deg, random_rig
@@ -155,9 +155,12 @@ def test_boxes_are_projected_as_the_camera_model_does():
     np.testing.assert_allclose(found[inside], expected[inside], atol=1e-9)
 
 
+@pytest.mark.parametrize("roads", ["gentle", "winding"])
 @pytest.mark.parametrize("seed", range(4))
-def test_ego_motion_is_consistent_with_itself(seed):
-    drive = random_drive(np.random.default_rng(seed), seconds=8.0, start_phase=seed / 4)
+def test_ego_motion_is_consistent_with_itself(seed, roads):
+    rng = np.random.default_rng(seed)
+    gentle = random_drive(rng, seconds=8.0, start_phase=seed / 4)
+    drive = gentle if roads == "gentle" else winding_drive(rng, seconds=8.0)
     log = drive.log()
     time_s = log.timestamp_us / 1e6
     assert log.span_us == (-200_000, 8_500_000)
@@ -189,6 +192,22 @@ def test_speeds_of_a_data_set_spread_over_the_whole_range():
     assert (shares > 0.12).all()
     assert (shares < 0.35).all()
     assert np.min(speeds) < 0.01
+
+
+def test_on_a_winding_road_the_car_slows_for_the_bends_ahead():
+    drives = [winding_drive(np.random.default_rng([4, i]), seconds=30.0) for i in range(10)]
+    for drive in drives:
+        sideways = np.abs(drive.speed_mps**2 * drive.curvature_per_m)
+        assert 2.5 < sideways.max() < 3.6
+        assert np.abs(drive.acceleration_mps2).max() < 2.01
+        assert drive.speed_mps.min() > 7
+        assert drive.speed_mps.max() <= 12 + 1e-9
+    speed, bend = (np.concatenate([getattr(one, name) for one in drives]) for name in ("speed_mps", "curvature_per_m"))
+    assert np.corrcoef(speed, np.abs(bend))[0, 1] < -0.7
+    assert abs(bend.mean()) < 0.1 * np.abs(bend).mean()  # to the left as often as to the right
+    braking = np.concatenate([one.speed_mps[2000:] - one.speed_mps[:-2000] for one in drives]) < -2
+    ahead = np.concatenate([np.abs(one.curvature_per_m[2000:]) for one in drives])
+    assert ahead[braking].mean() > 1.5 * ahead.mean()
 
 
 @pytest.mark.parametrize("rig", ["a", "b"])
@@ -224,6 +243,7 @@ def test_cameras_keep_their_own_time():
         ({"width_px": 300}, "300x180 px: expected even sides at 16:9"),
         ({"cameras": ("camera_roof",)}, "unknown camera 'camera_roof'; known: camera_cross_left"),
         ({"rig": "c"}, "unknown rig 'c'; known: a, b, mixed"),
+        ({"roads": "straight"}, "unknown roads 'straight'; known: gentle, winding"),
         ({"seconds": 0.01}, "needs two frames or more"),
     ],
 )

@@ -36,6 +36,7 @@ def command(
     size: Annotated[str, typer.Option(metavar="WxH", help="Pixels of a synthetic camera.")] = "320x180",
     rig: Annotated[str, typer.Option(metavar="a|b|mixed", help="Camera rig of the synthetic cars.")] = "mixed",
     clutter: Annotated[float, typer.Option(help="Synthetic towns: 0 is an empty road, 1 a town.")] = 1.0,
+    roads: Annotated[str, typer.Option(metavar="gentle|winding", help="How the synthetic roads turn.")] = "gentle",
     dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -50,7 +51,7 @@ def command(
 
     console = Console(quiet=quiet, json_output=json)
     names = camera_names(cameras) if cameras else ()
-    world = SyntheticSpec(seed, clips_per_chunk, seconds, fps, *parse_size(size), rig=rig, clutter=clutter)
+    world = SyntheticSpec(seed, clips_per_chunk, seconds, fps, *parse_size(size), rig=rig, clutter=clutter, roads=roads)
     request = FetchRequest(
         source=source, data=data, chunks=chunks, clips=comma_list(clips or ""), cameras=names, origin=origin,
         max_gb=max_gb, workers=workers, revision=revision, dry_run=dry_run, synthetic=world,

@@ -48,6 +48,7 @@ class FetchSettings(Settings):
     size: str = "320x180"
     rig: str = "mixed"
     clutter: float = 1.0
+    roads: str = "gentle"
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def fetch_request(settings: FetchSettings, data: Path) -> FetchRequest:
         raise UsageError("[fetch] holds both chunks and clips; keep one of them")
     world = SyntheticSpec(
         settings.seed, settings.clips_per_chunk, settings.seconds, settings.fps, *parse_size(settings.size),
-        rig=settings.rig, clutter=settings.clutter,
+        rig=settings.rig, clutter=settings.clutter, roads=settings.roads,
     )  # fmt: skip
     return FetchRequest(
         source=settings.source,

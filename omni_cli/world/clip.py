@@ -14,12 +14,13 @@ from omni_cli.errors import UsageError
 from omni_cli.formats.physical_ai_av import CAMERAS
 from omni_cli.scene.cameras import Calibration
 from omni_cli.scene.clock import Int64Array
-from omni_cli.world.motion import Drive, random_drive
+from omni_cli.world.motion import Drive, random_drive, winding_drive
 from omni_cli.world.render import Uint8Array, World, build_world, camera_view, render
 from omni_cli.world.rig import RIGS, random_rig
 
 _GOLDEN = (5**0.5 - 1) / 2
 _MAX_JITTER_US = 50
+ROADS = ("gentle", "winding")
 _PURPOSES = ("name", "drive", "world", "rig", "cameras", "split", "metadata")
 
 
@@ -40,6 +41,7 @@ class SyntheticSpec:
     cameras: tuple[str, ...] = CAMERAS
     rig: str = "mixed"
     clutter: float = 1.0  # 0..1: how much stands and drives beside the road
+    roads: str = "gentle"  # or winding: a car that slows for the bends it sees
 
     def __post_init__(self) -> None:
         """Refuse what cannot be rendered."""
@@ -51,6 +53,8 @@ class SyntheticSpec:
             raise UsageError(f"unknown rig {self.rig!r}; known: {', '.join((*RIGS, 'mixed'))}")
         if not 0 <= self.clutter <= 1:
             raise UsageError(f"clutter {self.clutter}: expected 0 (an empty road) to 1 (a town)")
+        if self.roads not in ROADS:
+            raise UsageError(f"unknown roads {self.roads!r}; known: {', '.join(ROADS)}")
         if self.seconds * self.fps < 2 or not 1 <= self.clips_per_chunk <= 100:
             raise UsageError("a synthetic clip needs two frames or more, and a chunk holds 1 to 100 clips")
 
@@ -96,7 +100,12 @@ def build_clip(spec: SyntheticSpec, chunk: int, index: int) -> Clip:
     """Make a clip's drive, world and cameras."""
     shift = np.random.default_rng(np.random.SeedSequence([spec.seed])).random()
     phase = (shift + (chunk * spec.clips_per_chunk + index) * _GOLDEN) % 1  # spreads the first speeds of a set evenly
-    drive = random_drive(generator(spec, chunk, index, "drive"), seconds=spec.seconds, start_phase=phase)
+    rng = generator(spec, chunk, index, "drive")
+    drive = (
+        winding_drive(rng, seconds=spec.seconds)
+        if spec.roads == "winding"
+        else random_drive(rng, seconds=spec.seconds, start_phase=phase)
+    )
     rig = rig_of(spec, chunk, index)
     cameras = generator(spec, chunk, index, "cameras")
     calibrations = random_rig(cameras, rig, width_px=spec.width_px, height_px=spec.height_px, cameras=spec.cameras)

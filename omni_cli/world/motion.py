@@ -1,4 +1,7 @@
-"""How the ego car moves: a smooth random drive on flat ground, with stops, starts and curves.
+"""How the ego car moves on flat ground: gently, with stops, starts and curves, or along a winding road.
+
+On a gentle road speed and curvature are random in time, and know nothing of each other. A winding road bends at random
+along its way, and the car slows for its bends as a driver does: where it goes, and how fast, can be seen ahead.
 
 Everything is sampled on a millisecond grid, fine enough that a line between two samples errs by under a micrometre.
 """
@@ -14,6 +17,9 @@ from omni_cli.scene.poses import EgoMotion
 TOP_SPEED_MPS = 20.0
 _STOP_BAND_MPS = 2.0  # the raw speed wanders in -2..20 m/s; below zero the car stands
 _MAX_CURVATURE_PER_M = 0.06
+_CRUISE_MPS = 12.0  # on a winding road, where it is straight
+_SPEED_UP_MPS2, _BRAKE_MPS2 = 1.5, 2.0
+_WAY_STEP_M = 0.1
 _STEP_US = 1_000
 _EGO_PERIOD_US = 10_000
 _BEFORE_US, _AFTER_US = 500_000, 600_000  # the grid reaches beyond the clip on both sides
@@ -72,9 +78,32 @@ def random_drive(rng: np.random.Generator, *, seconds: float, start_phase: float
         seconds: length of the clip.
         start_phase: 0..1, where on the speed range the drive begins; spread it evenly over the drives of a set.
     """
-    time_us = np.arange(-_BEFORE_US, round(seconds * 1e6) + _AFTER_US + _STEP_US, _STEP_US, dtype=np.int64)
+    time_us = _time_us(seconds)
     speed = _random_speed(rng, len(time_us), start_phase)
-    curvature = _random_curvature(rng, speed)
+    return _drive(time_us, speed, _random_curvature(rng, speed), seconds)
+
+
+def winding_drive(rng: np.random.Generator, *, seconds: float) -> Drive:
+    """Return a drive along a road of bends, each taken at about 3 m/s^2 across and 12 m/s at most.
+
+    Args:
+        rng: the drive's own generator.
+        seconds: length of the clip.
+    """
+    time_us = _time_us(seconds)
+    way_m = np.arange(0, _CRUISE_MPS * (np.ptp(time_us) / 1e6 + 1), _WAY_STEP_M)
+    curvature = _random_bends(rng, len(way_m))
+    speed = _speed_along(way_m, curvature, rng.uniform(2.8, 3.2))
+    since_start_s = np.concatenate([[0.0], np.cumsum(_WAY_STEP_M * 2 / (speed[1:] + speed[:-1]))])
+    speed = _smoothed(np.interp((time_us - time_us[0]) / 1e6, since_start_s, speed), width_s=0.3)
+    return _drive(time_us, speed, np.interp(_integrate(speed), way_m, curvature), seconds)
+
+
+def _time_us(seconds: float) -> Int64Array:
+    return np.arange(-_BEFORE_US, round(seconds * 1e6) + _AFTER_US + _STEP_US, _STEP_US, dtype=np.int64)
+
+
+def _drive(time_us: Int64Array, speed: Float64Array, curvature: Float64Array, seconds: float) -> Drive:
     yaw = _integrate(speed * curvature)
     yaw -= np.interp(0, time_us, yaw)
     position = np.stack([_integrate(speed * np.cos(yaw)), _integrate(speed * np.sin(yaw))], axis=1)
@@ -95,6 +124,24 @@ def _random_curvature(rng: np.random.Generator, speed_mps: Float64Array) -> Floa
     sideways_mps2 = _smooth_noise(rng, len(speed_mps), every_s=2.5, spread=0.9, limit=2.0)
     raw = sideways_mps2 / np.maximum(speed_mps, 5.0) ** 2
     return _smoothed(np.clip(raw, -_MAX_CURVATURE_PER_M, _MAX_CURVATURE_PER_M), width_s=0.3)
+
+
+def _random_bends(rng: np.random.Generator, num: int) -> Float64Array:
+    knot_m, spread_per_m, limit_per_m, width_m = 20.0, 0.035, 0.05, 4.0  # radii of 20 m and more
+    step = round(knot_m / _WAY_STEP_M)
+    knots = np.clip(rng.normal(0, spread_per_m, num // step + 2), -limit_per_m, limit_per_m)
+    raw = np.interp(np.arange(num), np.arange(len(knots)) * step, knots)
+    return np.asarray(gaussian_filter1d(raw, width_m / _WAY_STEP_M, mode="nearest"))
+
+
+def _speed_along(way_m: Float64Array, curvature_per_m: Float64Array, sideways_mps2: float) -> Float64Array:
+    """Return the highest speed at each place that no bend and neither pedal forbids (v^2 = v0^2 + 2 a s)."""
+    slowest_per_m = sideways_mps2 / _CRUISE_MPS**2  # the curvature that is taken at full speed
+    squared = sideways_mps2 / np.maximum(np.abs(curvature_per_m), slowest_per_m)
+    gained, lost = 2 * _SPEED_UP_MPS2 * way_m, 2 * _BRAKE_MPS2 * way_m
+    squared = gained + np.minimum.accumulate(squared - gained)
+    squared = np.minimum.accumulate((squared + lost)[::-1])[::-1] - lost
+    return np.sqrt(squared)
 
 
 def _smooth_noise(rng: np.random.Generator, num: int, *, every_s: float, spread: float, limit: float) -> Float64Array:
