@@ -19,6 +19,8 @@ from transformers import PrinterCallback, set_seed
 from omni_cli import files, telemetry
 from omni_cli.errors import DataError, Preempted, UsageError
 from omni_cli.models.adapters import trainable_count, weight_count
+from omni_cli.models.host_memory import keep_freed_blocks
+from omni_cli.models.losses import IGNORED
 from omni_cli.recipe import BuiltModel, Sampled, Tokenized, Trainable, TrainSettings
 from omni_cli.report import Console
 from omni_cli.samples.dataset import WindowDataset
@@ -38,6 +40,7 @@ from omni_cli.stages.trainer import (
     trainer_arguments,
 )
 
+_MORE_LABELS = "make other shards with omni etl, with fewer filters, a shorter warm-up of windows, or another teacher"
 _NOT_ASKED = {"kind", "decoder_id"}  # of a preprocessing: what no setting of the recipe asks for
 
 
@@ -265,8 +268,7 @@ def _take_steps(
         raise Preempted(f"stopped at step {trainer.state.global_step} of {steps}, saved; run the same command again")
     if not gradients.had_label:
         raise DataError(
-            f"run {run.folder}: none of the {steps} steps met a label that counts; make other shards with omni etl, "
-            "with fewer filters, a shorter warm-up of windows, or another teacher"
+            f"run {run.folder}: none of the {steps} steps met a label that counts; take more of them, or {_MORE_LABELS}"
         )
 
 
@@ -283,6 +285,8 @@ def make_trainer(
         steps: of the optimiser.
         mixins: classes whose methods come before ours.
     """
+    if not torch.cuda.is_available():
+        keep_freed_blocks()
     trainer = compose_trainer(recipe.trainer().trainer, *mixins)(
         model=built.model,
         args=trainer_arguments(folder, recipe, steps),
@@ -316,11 +320,19 @@ def _manifest(recipe: Any, shards: ShardSet, profile: str) -> runs.RunManifest:
 def _check_rows(dataset: WindowDataset, recipe: Any, folder: Path) -> None:
     if not len(dataset):
         raise DataError(f"{folder}: no window in the train split; fetch more recordings, or use --split time")
+    if not any(_has_label(dataset, index, recipe) for index in range(len(dataset))):
+        raise DataError(f"{folder}: none of its {len(dataset)} windows has a label that counts; {_MORE_LABELS}")
     if isinstance(recipe, Tokenized) and (longest := max(dataset.token_lengths())) > recipe.max_tokens:
         raise DataError(
             f"{folder}: a sample has {longest} tokens, more than train.max_tokens = {recipe.max_tokens}; nothing is "
             "ever cut: make a smaller --canvas or --window at etl, or raise --set train.max_tokens"
         )
+
+
+def _has_label(dataset: WindowDataset, index: int, recipe: Any) -> bool:
+    """Say whether a window has a label as training counts them; its pictures hold none and are not read."""
+    batch = recipe.collate([{**dataset.row(index), "pictures": torch.empty(0)}], dataset.preprocess)
+    return bool((batch["labels"] != IGNORED).any())
 
 
 def _learned(dataset: WindowDataset) -> runs.Learned:

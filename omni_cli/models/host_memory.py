@@ -1,0 +1,20 @@
+"""How the C library hands out large blocks of the host's memory, which a step on a CPU asks for by the hundred."""
+
+import ctypes
+import platform
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_LARGE_BYTES = 2**30
+
+
+def keep_freed_blocks() -> None:
+    """Keep what is freed for the next step, instead of giving it back and having the kernel clear it again.
+
+    glibc maps every block of more than 32 MB anew, and each of its pages is cleared when it is first written: up to
+    half of the time of a training step of the `distill` recipe (measured). A process keeps its peak instead, some 25 %
+    more than that peak was. Nothing happens where the C library is another.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+        library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
