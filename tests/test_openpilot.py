@@ -109,6 +109,19 @@ def test_a_log_without_its_tail_is_read_up_to_there(tmp_path, pack):
     assert 0 < log.events.counts["all"] < whole.events.counts["all"]
 
 
+def test_a_zstd_stream_without_its_end_gives_all_that_it_holds():
+    """Even where it is cut between two blocks, and so perhaps between two events."""
+    plain = made.events(40)
+    first, second = _packed_in_two(plain, "zst")
+    assert openpilot_schema.decompress(first, "cut") == (plain[: len(plain) // 2], True)
+    assert openpilot_schema.decompress(first + second, "whole") == (plain, False)
+    assert openpilot_schema.decompress(first + second + zstandard.compress(b"more"), "two") == (plain + b"more", False)
+    with pytest.raises(
+        DataError, match=r"garbage: damaged compressed log \(zstd decompressor error: .*\); fetch it ag"
+    ):
+        openpilot_schema.decompress(first + second + b"garbage!", "garbage")
+
+
 def test_raw_hevc_takes_its_times_from_the_encode_index(routes):
     (segment(routes) / "fcamera.hevc").write_bytes(made.raw_hevc(made.frame_times_us(40)))
     stream = OpenpilotLogs(routes).open(ID, ("fcamera",)).cameras["fcamera"]

@@ -1,15 +1,21 @@
 """How the cameras of comma devices look at the road: lenses, and where the device settled."""
 
 import shutil
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
-from omni_cli.formats import openpilot
+from omni_cli.errors import DataError
+from omni_cli.formats import openpilot, video
+from omni_cli.sources.openpilot_cameras import wanted_cameras
 from omni_cli.sources.openpilot_logs import OpenpilotLogs
+from omni_cli.stages.audit import AuditRequest, audit
 from tests.support import openpilot as made
 from tests.support.openpilot import calibration, event, every, frame_indices, rotation
+from tests.support.pipeline import QUIET
 
 FRAMES = 40
 RPY = (0.02, -0.03, 0.05)
@@ -73,6 +79,23 @@ def opened(folder: Path, *extra: bytes, cameras: tuple[str, ...] = ("qcamera",))
 
 def tici(sensor: str = "ox03c10") -> bytes:
     return event("deviceState", {"deviceType": "tici"}) + event("roadCameraState", {"sensor": sensor})
+
+
+@pytest.mark.parametrize(
+    ("asked", "there", "choice"),
+    [
+        ("fcamera,ecamera", "qcamera,fcamera", "fcamera"),  # never qcamera,fcamera: that is one view twice
+        ("qcamera,ecamera", "qcamera,fcamera", "qcamera"),
+        ("fcamera,ecamera", "qcamera", "qcamera"),
+        ("ecamera", "qcamera,fcamera", "fcamera"),
+        ("fcamera", "qcamera,ecamera", "qcamera"),
+        ("qcamera", "ecamera", "ecamera"),
+    ],
+)
+def test_where_a_camera_is_missing_what_can_be_had_of_those_asked_for_is_named(asked, there, choice):
+    has = ", ".join(there.split(","))
+    with pytest.raises(DataError, match=rf"^r: has no \w+; it has {has}; choose with --cameras {choice}$"):
+        wanted_cameras("r", there.split(","), tuple(asked.split(",")))
 
 
 def test_points_of_the_road_fall_where_openpilots_matrices_put_them(folder):
@@ -140,3 +163,69 @@ def test_a_small_video_has_the_logs_times_and_its_own_past_the_end_of_a_cut_log(
 
     np.testing.assert_array_equal(times_us(FRAMES, b""), container_us + 4)
     np.testing.assert_array_equal(times_us(30, speed[:100]), container_us + np.where(np.arange(FRAMES) < 30, 4, 0))
+
+
+# -- a raw video that was cut inside its last frame
+
+
+@pytest.fixture(scope="module")
+def coded() -> list[bytes]:
+    """What a device's encoder gives for each frame, in HEVC without B-frames: noise, so that frames are long."""
+    rng = np.random.default_rng(0)
+    coder = av.CodecContext.create("libx265", "w")
+    coder.width, coder.height, coder.pix_fmt, coder.time_base = 320, 192, "yuv420p", Fraction(1, 20)
+    quiet = "bframes=0:keyint=5:qp=20:log-level=none:pools=none:frame-threads=1"
+    coder.options = {"preset": "ultrafast", "x265-params": quiet}
+    pictures = rng.integers(0, 256, (12, 288, 320), dtype=np.uint8)
+    frames = [av.VideoFrame.from_ndarray(picture, format="yuv420p") for picture in pictures]
+    packets = [bytes(packet) for frame in (*frames, None) for packet in coder.encode(frame)]
+    assert len(packets) == 12
+    assert min(map(len, packets)) > 6000
+    return packets
+
+
+def write_raw(folder: Path, coded: list[bytes], *, cut: int, lengths: list[int], tail: bytes = b"") -> bytes:
+    """Write a raw video without its last bytes, and a log of the length of each frame; return the video."""
+    content = b"".join(coded)[: -cut or None]
+    (folder / "qcamera.ts").unlink()
+    (folder / "fcamera.hevc").write_bytes(content)
+    times_us = made.frame_times_us(len(lengths))
+    indices = [
+        {"segmentId": i, "frameId": i, "timestampEof": int(time_us) * 1000, "len": length}
+        for i, (time_us, length) in enumerate(zip(times_us, lengths, strict=True))
+    ]
+    (folder / "qlog").write_bytes(every("carState", [{"vEgo": 10.0}] * 9) + every("roadEncodeIdx", indices) + tail)
+    return content
+
+
+@pytest.mark.parametrize("cut", [1, 200, 1500, 5000])
+def test_a_raw_video_that_was_cut_inside_its_last_frame_is_refused(folder, coded, cut):
+    """Its decoder presents every frame and says nothing."""
+    lengths = [len(packet) for packet in coded]
+    content = write_raw(folder, coded, cut=cut, lengths=[lengths[0] - 80, *lengths[1:]])  # the headers are not counted
+    assert video.decode_only(content, "cut") == len(coded)
+    lacks = rf"fcamera.hevc: its last frame has {lengths[-1] - cut} of the {lengths[-1]} bytes that the log lists; the"
+    with pytest.raises(DataError, match=lacks) as refused:
+        OpenpilotLogs(folder.parents[1]).open(ID)
+    assert "\n" not in str(refused.value)
+    (finding,) = audit(AuditRequest(folder.parents[1], deep=True), QUIET)["findings"]
+    assert (finding["code"], finding["severity"], finding["recording"]) == ("refused-by-reader", "refuse", ID)
+    assert finding["detail"] == str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("cut", "logged"),
+    [
+        (0, lambda lengths: lengths),
+        (0, lambda lengths: [lengths[0] - 80, *lengths[1:]]),
+        (200, lambda lengths: [0] * len(lengths)),  # an old log
+        (200, lambda lengths: [length + 300 for length in lengths]),  # of the video before it was encoded anew
+        (200, lambda lengths: lengths[:8]),  # a log that was cut too: of the last frames it knows nothing
+    ],
+    ids=["whole", "without headers", "no lengths", "encoded anew", "log cut too"],
+)
+def test_other_raw_videos_are_taken(folder, coded, cut, logged):
+    lengths = logged([len(packet) for packet in coded])
+    write_raw(folder, coded, cut=cut, lengths=lengths, tail=b"\x00" * 9 if len(lengths) < len(coded) else b"")
+    stream = OpenpilotLogs(folder.parents[1]).open(ID).cameras["fcamera"]
+    np.testing.assert_array_equal(stream.timestamp_us, made.frame_times_us(len(lengths)))

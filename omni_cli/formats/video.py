@@ -51,11 +51,13 @@ class VideoInfo:
     num_frames: int  # that a decoder presents
     pts: tuple[int, ...]  # (num_frames,) of those, ascending; empty where the container has no times (raw HEVC)
     time_base_s: Fraction  # unit of `pts`
+    packet_bytes: tuple[int, ...] = ()  # of a raw stream: how long each packet is, in the order of the file
 
     @cached_property
     def pts_us(self) -> npt.NDArray[np.int64]:
         """The frames' times; empty where the container has none."""
-        return np.array([round(pts * self.time_base_s * 1_000_000) for pts in self.pts], dtype=np.int64)
+        unit_us = self.time_base_s * 1_000_000
+        return np.array([round(pts * unit_us) for pts in self.pts], dtype=np.int64)
 
 
 def probe(video: bytes, name: str) -> VideoInfo:
@@ -71,15 +73,15 @@ def probe(video: bytes, name: str) -> VideoInfo:
     try:
         with _open(video) as container:
             stream = _video_stream(container, name)
-            packets = [(p.pts, p.is_keyframe) for p in container.demux(stream) if p.size and not p.is_discard]
+            packets = [(p.pts, p.is_keyframe, p.size) for p in container.demux(stream) if p.size and not p.is_discard]
             codec, base = stream.codec_context, stream.time_base or Fraction(1)
             header = codec.name, codec.width, codec.height
-        listed = [pts for pts, _ in packets]
+        listed = [pts for pts, _, _ in packets]
         if None in listed:
             count = _num_presented_hevc(video, name) if codec.name == "hevc" else len(listed)
-            return VideoInfo(*header, count, (), base)
+            return VideoInfo(*header, count, (), base, tuple(size for _, _, size in packets))
         listed.sort()
-        is_cut = bool(listed) and packets[0] != (listed[0], True)  # it does not begin with a keyframe, shown first
+        is_cut = bool(listed) and packets[0][:2] != (listed[0], True)  # it does not begin with a keyframe, shown first
         presented = tuple(listed[bisect_left(listed, _first_pts(video, name)) if is_cut else 0 :])
         return VideoInfo(*header, len(presented), presented, base)
     except av.FFmpegError as error:

@@ -23,6 +23,7 @@ MAX_TIME_MISMATCH_US = 1_000
 MAX_PERIODS_BETWEEN = 1.5  # two frames, for the later to be the very next
 _RIG_R_CALIB = np.diag([1.0, -1.0, -1.0])  # y right to y left, z down to z up
 _UNKNOWN = "unknown"
+_BEST_OF_THE_ROAD = ("fcamera", "qcamera", "ecamera")
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,19 @@ def wanted_cameras(name: str, there: Collection[str], cameras: tuple[str, ...] |
         raise DataError(f"{name}: has no qcamera.ts, fcamera.hevc or ecamera.hevc; copy a video too and fetch again")
     if missing := [camera for camera in wanted if camera not in there]:
         raise DataError(
-            f"{name}: has no {missing[0]}; it has {', '.join(there)}; choose with --cameras {','.join(there)}"
+            f"{name}: has no {missing[0]}; it has {', '.join(there)}; choose with --cameras {_choice(wanted, there)}"
         )
     return [openpilot.CAMERAS[camera] for camera in wanted]
+
+
+def _choice(wanted: Sequence[str], there: Collection[str]) -> str:
+    """Return what can be had of the cameras asked for, or else the one that shows the road best.
+
+    Not all that are there: `qcamera` is `fcamera` made smaller, and a model of two cameras takes the second for wide.
+    """
+    return ",".join(camera for camera in wanted if camera in there) or next(
+        camera for camera in _BEST_OF_THE_ROAD if camera in there
+    )
 
 
 def encode_indices(events: LogEvents, segment_number: int) -> dict[str, list[EncodeIndex]]:
@@ -113,6 +124,12 @@ def video_times_us(indices: list[EncodeIndex], name: str) -> Int64Array:
     if (np.diff(times_us) <= 0).any():
         raise DataError(f"{name}: frame times do not increase; the log is damaged")
     return times_us
+
+
+def coded_bytes(indices: list[EncodeIndex]) -> Int64Array:
+    """Return how many bytes a device coded frame 0, 1, 2 ... of a video in, 0 where the log does not say it."""
+    bytes_of_frame = {index.video_index: index.num_bytes for index in indices}
+    return np.array([bytes_of_frame[i] for i in sorted(bytes_of_frame)], dtype=np.int64)
 
 
 def exposed_us(index: EncodeIndex) -> int:
@@ -150,6 +167,29 @@ def segment_video(
     if before is not None:
         _require_follows(before, found)
     return found
+
+
+def require_whole_end(found: SegmentVideo, logged_bytes: Int64Array | None) -> None:
+    """Check that a raw video does not end inside its last frame: a decoder would make up the rest without a word.
+
+    A device writes each frame as it was coded, one behind the other, and logs how long it is. Where the log is right
+    about all frames before, it is right about the last. It knows nothing of a video that was encoded anew. The first
+    frame is longer by the stream's headers.
+    Source: openpilot `system/loggerd/encoder/encoder.cc`, `system/loggerd/video_writer.cc`.
+
+    Raises:
+        DataError: the last frame is shorter than it was coded.
+    """
+    sizes = np.array(found.info.packet_bytes, dtype=np.int64)
+    if logged_bytes is None or not 2 < len(logged_bytes) <= len(sizes):
+        return
+    last = len(logged_bytes) - 1
+    is_as_written = np.array_equal(sizes[1:last], logged_bytes[1:last])
+    if is_as_written and sizes[last] < logged_bytes[last]:
+        raise DataError(
+            f"{found.path}: its last frame has {sizes[last]} of the {logged_bytes[last]} bytes that the log lists; the "
+            "video is truncated, fetch the segment again"
+        )
 
 
 def camera_stream(camera: Camera, videos: Sequence[SegmentVideo], optics: Optics) -> tuple[CameraStream, str]:
@@ -214,7 +254,8 @@ def _container_times_us(
 
 def _logged_times_us(info: video.VideoInfo, logged_us: Int64Array | None, is_truncated: bool, name: str) -> Int64Array:
     if logged_us is None:
-        raise DataError(f"{name}: raw video has no times, and the log has no encode index for it; use qcamera instead")
+        why = "ends before it lists any of its frames" if is_truncated else "has no encode index for it"
+        raise DataError(f"{name}: raw video has no times, and the log {why}; use qcamera instead")
     _require_same_count(info, logged_us, is_truncated, name)
     return logged_us
 

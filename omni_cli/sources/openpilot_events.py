@@ -54,6 +54,7 @@ class EncodeIndex(NamedTuple):
     video_index: int  # in the segment's video
     frame_id: int  # of the camera, since it was started
     time_ns: int  # end of exposure
+    num_bytes: int  # that it was coded in; 0 in old logs
 
 
 class Mount(NamedTuple):
@@ -163,7 +164,7 @@ def _car_state(state: Any) -> CarState:
 
 
 def _encode_index(index: Any) -> EncodeIndex:
-    return EncodeIndex(index.segmentNum, index.segmentId, index.frameId, index.timestampEof)
+    return EncodeIndex(index.segmentNum, index.segmentId, index.frameId, index.timestampEof, index.len)
 
 
 def _mount(calibration: Any) -> Mount:

@@ -27,10 +27,12 @@ from omni_cli.sources.openpilot_cameras import (
     Optics,
     SegmentVideo,
     camera_stream,
+    coded_bytes,
     encode_indices,
     exposed_us,
     gaps_s,
     optics,
+    require_whole_end,
     segment_video,
     video_times_us,
     wanted_cameras,
@@ -107,6 +109,7 @@ class OpenpilotLogs:
             before = videos[-1] if videos else None
             with _blaming(segment, run):
                 videos.append(segment_video(camera, path, logged_us, before, is_truncated=log.is_truncated))
+                require_whole_end(videos[-1], log.frame_bytes.get(camera.index_event))
         return videos
 
     @cached_property
@@ -137,6 +140,7 @@ class SegmentLog:
     events: LogEvents
     speed: SpeedLog
     frame_time_us: Mapping[str, Int64Array]  # encode index event -> end of exposure of frame 0, 1, 2 ...
+    frame_bytes: Mapping[str, Int64Array]  # likewise -> how long the device coded it, 0 where the log does not say it
     road_time_us: Mapping[int, int]  # frame id -> end of exposure, of the road camera's frames in the segment's videos
     is_truncated: bool
 
@@ -171,6 +175,7 @@ def read_log(path: Path, segment_number: int) -> SegmentLog:
         events=events,
         speed=_speed_log(events.rows["carState"], path),
         frame_time_us={event: video_times_us(found, f"{path}: {event}") for event, found in indices.items()},
+        frame_bytes={event: coded_bytes(found) for event, found in indices.items()},
         road_time_us={
             index.frame_id: exposed_us(index) for event in _ROAD_INDEX_EVENTS for index in indices.get(event, ())
         },

@@ -10,8 +10,8 @@ import importlib.util
 import io
 import subprocess
 import sys
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +21,7 @@ from omni_cli.formats.openpilot import BZIP2_MAGIC, EVENT_ORDINALS, ZSTD_MAGIC
 
 MAX_LOG_BYTES = 1 << 30  # a minute of rlog is about 100 MB; more is no log but a decompression bomb
 _BLOCK_BYTES = 1 << 16
+_ZSTD_PIECE_BYTES = 1 << 10  # a block of 128 KB can be told in four bytes: at most 32 MB at once
 _TRIAL = "import sys, capnp; capnp.load(sys.argv[1], imports=[sys.argv[2]])"
 _INSTALL = "pip install 'omni-cli[openpilot]'"
 
@@ -83,19 +84,37 @@ def decompress(content: bytes, name: str) -> tuple[bytes, bool]:
         DataError: the stream is damaged, or swells past `MAX_LOG_BYTES`.
     """
     if content.startswith(BZIP2_MAGIC):
-        return _read_all(bz2.BZ2File(io.BytesIO(content)), name, (OSError,))
+        blocks = iter(partial(bz2.BZ2File(io.BytesIO(content)).read1, _BLOCK_BYTES), b"")
+        return _joined(blocks, name, (OSError,))
     if content.startswith(ZSTD_MAGIC):
-        zstandard = extra("zstandard")
-        reader = zstandard.ZstdDecompressor().stream_reader(io.BytesIO(content), read_across_frames=True)
-        return _read_all(reader, name, (zstandard.ZstdError,))
+        return _joined(_zstd_blocks(content), name, (extra("zstandard").ZstdError,))
     return content, False
 
 
-def _read_all(reader: Any, name: str, damage: tuple[type[Exception], ...]) -> tuple[bytes, bool]:
-    """Read small blocks, so that all before a missing tail is kept, and a bomb is seen before it fills the memory."""
+def _zstd_blocks(content: bytes) -> Iterator[bytes]:
+    """Yield what the frames of a zstd stream hold.
+
+    The library's own reader of streams gives nothing of the last blocks before a missing tail, and no word of it.
+
+    Raises:
+        EOFError: the last frame does not end.
+    """
+    decompressor, at = extra("zstandard").ZstdDecompressor(), 0
+    while at < len(content):
+        frame = decompressor.decompressobj()
+        while not frame.eof:
+            if at >= len(content):
+                raise EOFError
+            yield frame.decompress(content[at : at + _ZSTD_PIECE_BYTES])
+            at += _ZSTD_PIECE_BYTES
+        at = min(at, len(content)) - len(frame.unused_data)
+
+
+def _joined(blocks: Iterable[bytes], name: str, damage: tuple[type[Exception], ...]) -> tuple[bytes, bool]:
+    """Join small blocks, so that all before a missing tail is kept, and a bomb is seen before it fills the memory."""
     plain = io.BytesIO()
     try:
-        while block := reader.read1(_BLOCK_BYTES):
+        for block in blocks:
             plain.write(block)
             if plain.tell() > MAX_LOG_BYTES:
                 raise DataError(f"{name}: decompresses to more than {MAX_LOG_BYTES} bytes; no segment's log does")
