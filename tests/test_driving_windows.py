@@ -14,9 +14,9 @@ from omni_cli.errors import DataError
 from omni_cli.formats.driving_model import PICTURE_SHAPE, T_IDXS_S
 from omni_cli.formats.video import encode_h264
 from omni_cli.samples.driven_path import driven_paths
-from omni_cli.samples.driving_windows import StepFilters, driving_tables, per_view, window_pictures
+from omni_cli.samples.driving_windows import NOTHING_COUNTS, StepFilters, driving_tables, per_view, window_pictures
 from omni_cli.samples.model_steps import ModelFramePreprocess
-from omni_cli.samples.step_labels import driven_labels
+from omni_cli.samples.step_labels import StepLabels, driven_labels
 from omni_cli.samples.sync import STALE_FRAME
 from omni_cli.samples.windows import BETWEEN_SPLITS, plan_cameras
 from omni_cli.scene.cameras import Calibration, Pinhole
@@ -315,15 +315,81 @@ def counts_by_time(tables) -> dict[int, int]:
 def test_only_what_passes_the_filters_counts(drive, filters, from_us):
     counts = counts_by_time(cut(drive, filters=filters))
     assert {time: int(time >= from_us) for time in counts} == counts
-    assert len(counts) == 12
+    every = counts_by_time(cut(drive))
+    assert len(every) == 12
+    assert [time for time, count in counts.items() if count] == [time for time in every if time >= from_us]
+
+
+def silent_from(time_us: int):
+    """A teacher that says nothing of what is seen later."""
+
+    def label(recording, looks, driven):
+        known = looks.timestamp_us < time_us
+        return StepLabels(driven.xy_m * known[:, None, None], driven.num_points * known)
+
+    return label
+
+
+@pytest.mark.parametrize(
+    ("filters", "silent_us", "split"),
+    [
+        (StepFilters(calibrated=True), LAST_US, "train"),
+        (StepFilters(fix=True), LAST_US, "val"),
+        (StepFilters(), 1_000_000, "train"),
+        (StepFilters(calibrated=True), 2_000_000, "train"),
+    ],
+)
+def test_windows_without_a_step_of_use_are_dropped_with_their_pictures_and_counted(drive, filters, silent_us, split):
+    """What is left is what it would be beside the others."""
+    settings = {"label": silent_from(silent_us), "assign_split": lambda _start_us, _end_us: split, "stride": 2}
+    every, found = cut(drive, **settings | {"assign_split": lambda *_: "val"}), cut(drive, filters=filters, **settings)
+    counts = {StepFilters(): 0, StepFilters(calibrated=True): 1_310_000, StepFilters(fix=True): 2_000_000}[filters]
+    useful = [row for row in rows_of(every) if any(counts <= time < silent_us for time in step_times_us(row))]
+    assert 0 < len(useful) < every.windows.num_rows
+    assert found.dropped == {NOTHING_COUNTS: every.windows.num_rows - len(useful)}
+    assert [row["window"] for row in rows_of(found)] == list(range(len(useful)))
+    seen = [pictures_of(tables, row) for tables, rows in ((every, useful), (found, rows_of(found))) for row in rows]
+    assert seen[: len(useful)] == seen[len(useful) :]
+    assert {number for row in rows_of(found) for number in row["frames"]} == set(range(found.frames.num_rows))
+    left_out = ("window", "frames", "counts", "split")
+    assert [{name: row[name] for name in row if name not in left_out} for row in rows_of(found)] == [
+        {name: row[name] for name in row if name not in left_out} for row in useful
+    ]
+
+
+def pictures_of(tables, row: dict) -> list[tuple]:
+    """Camera, frame and pixels of everything that a window looks at."""
+    frames = tables.frames.take(row["frames"])
+    return list(zip(*(frames[name].to_pylist() for name in ("camera", "frame_index", "pixels")), strict=True))
+
+
+def test_a_window_of_which_the_teacher_says_nothing_is_still_measured(drive):
+    tables = cut(drive, label=silent_from(1_000_000), assign_split=lambda start_us, _: "val" if start_us else "train")
+    assert tables.dropped == {}
+    assert any(sum(row["target_points"]) == 0 < sum(row["driven_points"]) for row in rows_of(tables))
+
+
+def test_a_teacher_sees_every_window_also_those_that_are_dropped(drive):
+    seen = []
+
+    def listening(recording, looks, driven):
+        seen.append(looks.instants_us.tolist())
+        return driven_labels(recording, looks, driven)
+
+    dropped = [cut(drive, filters=filters, label=listening).dropped for filters in (EVERY_STEP, StepFilters(fix=True))]
+    assert bool(dropped[0]) < bool(dropped[1])
+    assert seen[0] == seen[1]
 
 
 def test_a_recording_without_a_step_that_counts_is_refused(drive):
     never = with_device(drive, fix=None)
     with pytest.raises(
-        DataError, match=r"^drive: no step can be learned from: of 13, 0 pass the filters and 13 have a path"
+        DataError,
+        match=r"^drive: no step can be learned from: of 13, 0 pass the filters, 13 have a target and 13 a path truly",
     ):
         cut(never, filters=StepFilters(fix=True))
+    with pytest.raises(DataError, match="of 13, 13 pass the filters, 0 have a target and 13 a path truly driven; expe"):
+        cut(drive, label=silent_from(0))
 
 
 def test_windows_between_the_splits_are_dropped_and_counted(drive):

@@ -13,7 +13,8 @@ from PIL import Image
 from scipy.ndimage import map_coordinates
 
 from omni_cli.errors import DataError
-from omni_cli.formats import video
+from omni_cli.formats import driving_model, video
+from omni_cli.samples import model_frames
 from omni_cli.samples.model_frames import Warp, unpack_luma, unpack_rgb
 from omni_cli.scene.cameras import FTheta, Pinhole
 from omni_cli.scene.model_frame import (
@@ -31,6 +32,11 @@ RPY_RAD = np.array([0.03, 0.0157, -0.0209])
 ODD = Pinhole(527, 331, 720.0, 720.0, 263.0, 165.0)
 SAMPLINGS = pytest.mark.parametrize("sampling", ["nearest", "bilinear"])
 VIEWS = pytest.mark.parametrize("view", MODEL_VIEWS, ids=lambda view: view.name)
+
+
+def test_what_is_packed_has_the_shape_that_models_are_told_of():
+    """Its one definition: equal numbers of two places could part."""
+    assert model_frames.PICTURE_SHAPE is driving_model.PICTURE_SHAPE
 
 
 def planes(width: int, height: int, seed: int = 0) -> video.Planes:

@@ -13,21 +13,24 @@ from omni_cli.formats.video import Uint8Array
 from omni_cli.samples.driven_path import DrivenPaths, driven_paths
 from omni_cli.samples.model_steps import ModelFramePreprocess
 from omni_cli.samples.model_views import warped_frames
-from omni_cli.samples.step_labels import Labeller, Looks, StepLabels, counted, desire_pulses
+from omni_cli.samples.step_labels import LOG, Labeller, Looks, StepLabels, counted, desire_pulses, logged_phase_us
 from omni_cli.samples.sync import PlannedWindow
 from omni_cli.samples.tables import STEP_COLUMNS, ShardTables
 from omni_cli.samples.windows import (
     AssignSplit,
+    ChosenWindows,
+    camera_streams,
     choose_windows,
     frame_rows,
     frames_table,
     wanted_frames,
     windows_table,
 )
-from omni_cli.scene.clock import Int64Array, nearest_to
+from omni_cli.scene.clock import Int64Array, nearest_to, period_us
 from omni_cli.scene.model_frame import MODEL_VIEWS
 from omni_cli.scene.recording import Recording
 
+NOTHING_COUNTS = "no step of it can be learned from or measured"
 MAX_PAIR_US = 10_000  # between the exposures of two cameras that a driving model looks at together
 _DTYPES = {one.name: one.type.value_type.to_pandas_dtype() for one in STEP_COLUMNS if pa.types.is_list(one.type)}
 
@@ -52,6 +55,8 @@ def driving_tables(
 ) -> ShardTables:
     """Cut a recording into windows of steps, warp what they look at, and ask the teacher.
 
+    Windows of which no step is of any use are dropped after that: the teacher remembers what they show.
+
     Args:
         recording: with the cameras of `preprocess`, calibrated, and how the car moved.
         preprocess: cameras, warp, time grid.
@@ -64,19 +69,26 @@ def driving_tables(
     Raises:
         DataError: a camera, its calibration, the motion or what the teacher needs is missing, or no window is left.
     """
-    chosen = choose_windows(recording, preprocess, stride=stride, max_age_us=max_age_us, assign_split=assign_split)
+    phase_us = _grid_phase_us(recording, preprocess, max_age_us)
+    chosen = choose_windows(
+        recording, preprocess, stride=stride, max_age_us=max_age_us, assign_split=assign_split, phase_us=phase_us
+    )
     windows = tuple(per_view(recording, window, preprocess) for window in chosen.windows)
     wanted = wanted_frames(windows)
     pictures = _view_pictures(recording, preprocess, wanted)
     looks = _looks(recording, windows, wanted, pictures)
     driven = driven_paths(recording, looks.timestamp_us, camera=preprocess.cameras[0])
     columns = _per_instant(recording, looks, driven, label(recording, looks, driven), filters)
-    _check_steps(recording.id, columns)
-    steps = [np.searchsorted(looks.instants_us, window.instants_us[1:]) for window in windows]
+    chosen = _of_use(recording.id, replace(chosen, windows=windows), looks, columns)
+    kept = wanted_frames(chosen.windows)
+    steps = [_steps(looks, window) for window in chosen.windows]
     targets: dict[str, Any] = {name: [_flat(name, values[rows]) for rows in steps] for name, values in columns.items()}
-    targets["left_hand_traffic"] = np.full(len(windows), looks.is_left_hand_traffic, dtype=np.int32)
-    table = windows_table(replace(chosen, windows=windows), frame_rows(windows, wanted), targets, STEP_COLUMNS)
-    return ShardTables(_frames(recording, preprocess, wanted, pictures), table, chosen.dropped)
+    targets["left_hand_traffic"] = np.full(len(steps), looks.is_left_hand_traffic, dtype=np.int32)
+    table = windows_table(chosen, frame_rows(chosen.windows, kept), targets, STEP_COLUMNS)
+    pictures = tuple(map(_pictures_of, pictures, wanted, kept))
+    return ShardTables(
+        _frames(recording, preprocess, kept, pictures), table, chosen.dropped, {"grid_phase_us": str(phase_us)}
+    )
 
 
 def per_view(recording: Recording, window: PlannedWindow, preprocess: ModelFramePreprocess) -> PlannedWindow:
@@ -127,6 +139,14 @@ def window_pictures(
                     have.update([next(more)])
                 pictures[at, view] = have[frame]
         yield pictures
+
+
+def _grid_phase_us(recording: Recording, preprocess: ModelFramePreprocess, max_age_us: int) -> int:
+    """Return the phase of the time grid: 0, or the one with most labels where only some frames have one."""
+    if preprocess.teacher != LOG:
+        return 0
+    frame_us = camera_streams(recording, preprocess.cameras)[preprocess.cameras[0]].timestamp_us
+    return logged_phase_us(recording, frame_us, period_us=period_us(preprocess.rate_hz), max_age_us=max_age_us)
 
 
 def _camera_of_view(preprocess: ModelFramePreprocess) -> list[int]:
@@ -196,15 +216,34 @@ def _per_instant(
     return columns | {f"scene_{name}": nothing if scene is None else getattr(scene, name) for name in names}
 
 
-def _check_steps(recording_id: str, columns: Mapping[str, np.ndarray]) -> None:
-    """Refuse a recording of which no step can be learned from or measured."""
-    counts, labelled = columns["counts"], (columns["driven_points"] > 0) | (columns["target_points"] > 0)
-    if not (counts & labelled).any():
+def _steps(looks: Looks, window: PlannedWindow) -> Int64Array:
+    """Return which looks the steps of a window end with."""
+    return np.searchsorted(looks.instants_us, window.instants_us[1:])
+
+
+def _of_use(recording_id: str, chosen: ChosenWindows, looks: Looks, columns: Mapping[str, np.ndarray]) -> ChosenWindows:
+    """Drop windows to train on without a step to learn from, and the others without one to measure.
+
+    Raises:
+        DataError: no window is left.
+    """
+    counts, target, driven = columns["counts"] > 0, columns["target_points"] > 0, columns["driven_points"] > 0
+    teaches, measures = counts & target, counts & (target | driven)
+    pairs = list(zip(chosen.windows, chosen.splits, strict=True))
+    kept = [pair for pair in pairs if (teaches if pair[1] == "train" else measures)[_steps(looks, pair[0])].any()]
+    if not kept:
         raise DataError(
-            f"{recording_id}: no step can be learned from: of {len(counts)}, {counts.sum()} pass the filters and "
-            f"{labelled.sum()} have a path; expected some that do both: allow more with sample.require_calibrated and "
-            "sample.require_fix, or take another drive"
+            f"{recording_id}: no step can be learned from: of {len(counts)}, {counts.sum()} pass the filters, "
+            f"{target.sum()} have a target and {driven.sum()} a path truly driven; expected some that pass and have "
+            "one: allow more with sample.require_calibrated and sample.require_fix, or take another drive"
         )
+    useless = {NOTHING_COUNTS: len(pairs) - len(kept)} if len(kept) < len(pairs) else {}
+    return ChosenWindows(tuple(one for one, _ in kept), tuple(split for _, split in kept), chosen.dropped | useless)
+
+
+def _pictures_of(pictures: Uint8Array, frames: Int64Array, kept: Int64Array) -> Uint8Array:
+    """Return the pictures of those frames of one view that are kept; a copy only where some are not."""
+    return pictures if len(kept) == len(frames) else pictures[np.searchsorted(frames, kept)]
 
 
 def _flat(name: str, values: np.ndarray) -> np.ndarray:

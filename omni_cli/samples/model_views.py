@@ -58,9 +58,10 @@ def known_calibration(recording: Recording, stream: CameraStream) -> Calibration
         DataError: there is none, or the device never logged its mount.
     """
     if stream.calibration is None:
+        told = recording.provenance.get(f"calibration_{stream.name}", "a plain video has none")
         raise DataError(
-            f"{recording.id}: {stream.name} has no calibration, which a driving model's view is warped with; "
-            "a plain video has none: name a recording of a calibrated source"
+            f"{recording.id}: {stream.name} has no calibration, which a driving model's view is warped with; {told}: "
+            "name a recording of a calibrated source, or fetch its log again"
         )
     if recording.device is not None and recording.device.mount is None:
         raise DataError(

@@ -86,17 +86,44 @@ def logged_labels(recording: Recording, looks: Looks, driven: DrivenPaths) -> St
     Raises:
         DataError: the log holds no model, or none of these frames.
     """
-    model = recording.device.model if recording.device else None
-    if model is None:
-        raise DataError(
-            f"{recording.id}: its log holds no modelV2; take another teacher, or the rlog in place of a qlog"
-        )
+    model = _known_model(recording)
     row = nearest_to(model.timestamp_us, looks.timestamp_us)
     is_known = np.abs(model.timestamp_us[row] - looks.timestamp_us) <= _SAME_FRAME_US
     if not is_known.any():
-        raise DataError(f"{recording.id}: modelV2 was logged at none of the {len(row)} frames looked at; use an rlog")
+        raise DataError(
+            f"{recording.id}: modelV2 was logged at none of the {len(row)} frames looked at; use an rlog, or a smaller "
+            "--stride"
+        )
     xy_m = np.where(is_known[:, None, None], from_the_camera(model.path_m[row]), 0).astype(np.float32)
     return StepLabels(xy_m, np.where(is_known, NUM_POINTS, 0), _scene(model, row, is_known))
+
+
+def logged_phase_us(recording: Recording, frame_us: Int64Array, *, period_us: int, max_age_us: int) -> int:
+    """Return the phase of the time grid that looks at most of the frames of which the car's own model was logged.
+
+    A short log (qlog) keeps one word of the model in 40, always of the same frame of four, and three phases of four
+    pass them all by. A frame is looked at from its own time until the next one's. Where a grid that begins at 0 looks
+    at such frames alone, as of a whole log (rlog), it stays, and looks where it does for every other teacher.
+
+    Args:
+        recording: with what its model said.
+        frame_us: (n,) true times of the road camera's frames.
+        period_us: of the grid.
+        max_age_us: how old a frame may be at an instant.
+
+    Raises:
+        DataError: the log holds no model.
+    """
+    model_us = _known_model(recording).timestamp_us
+    frame = nearest_to(frame_us, model_us)
+    frame = frame[np.abs(frame_us[frame] - model_us) <= _SAME_FRAME_US]
+    begins_us = frame_us[:-1] % period_us  # the grid ends with the last frame
+    shown_us = np.minimum(np.diff(frame_us), min(period_us, max_age_us + 1))
+    is_logged = np.isin(np.arange(len(begins_us)), frame)
+    seen_from_0 = is_logged[-begins_us % period_us < shown_us]
+    if len(seen_from_0) and seen_from_0.all():
+        return 0
+    return _busiest_phase_us(begins_us[is_logged], shown_us[is_logged], period_us)
 
 
 def from_the_camera(path_m: Float32Array) -> Float32Array:
@@ -146,6 +173,29 @@ def counted(device: DeviceLog | None, timestamp_us: Int64Array, *, calibrated: b
             receiver.timestamp_us, receiver.has_fix, timestamp_us, within_us=_FIX_LASTS_US
         )
     return counts
+
+
+def _known_model(recording: Recording) -> LoggedModel:
+    if recording.device is None or recording.device.model is None:
+        raise DataError(
+            f"{recording.id}: its log holds no modelV2; take another teacher, or the rlog in place of a qlog"
+        )
+    return recording.device.model
+
+
+def _busiest_phase_us(begins_us: Int64Array, shown_us: Int64Array, period_us: int) -> int:
+    """Return the phase that lies in most of n intervals, each from where it begins and so long, modulo the period.
+
+    Of phases that lie in equally many 0 is taken, or else one as far as can be from where intervals begin and end, so
+    that their jitter changes nothing.
+    """
+    edges_us = np.unique(np.concatenate([[0], begins_us, (begins_us + shown_us) % period_us]))
+    hits = np.array([((edge_us - begins_us) % period_us < shown_us).sum() for edge_us in edges_us])
+    if hits[0] == hits.max():
+        return 0
+    length_us = np.where(hits == hits.max(), np.diff(edges_us, append=period_us), 0)
+    longest = int(length_us.argmax())
+    return int(edges_us[longest] + length_us[longest] // 2)
 
 
 def _as_of(log_us: Int64Array, values: BoolArray, at_us: Int64Array, within_us: int | None = None) -> BoolArray:

@@ -61,10 +61,11 @@ def common_span_us(cameras: Mapping[str, Int64Array], motion_us: Int64Array | No
     return max(int(signal[0]) for signal in signals), min(int(signal[-1]) for signal in signals)
 
 
-def time_grid(first_us: int, last_us: int, rate_hz: float) -> Int64Array:
-    """Return the multiples of the rate's period inside [first_us, last_us]."""
+def time_grid(first_us: int, last_us: int, rate_hz: float, phase_us: int = 0) -> Int64Array:
+    """Return the multiples of the rate's period, each `phase_us` later, inside [first_us, last_us]."""
     period = period_us(rate_hz)
-    return np.arange(-(-first_us // period), last_us // period + 1, dtype=np.int64) * period
+    first, last = -((phase_us - first_us) // period), (last_us - phase_us) // period
+    return np.arange(first, last + 1, dtype=np.int64) * period + phase_us
 
 
 def plan_windows(
@@ -75,6 +76,7 @@ def plan_windows(
     num_frames: int,
     stride: int,
     max_age_us: int,
+    phase_us: int = 0,
 ) -> WindowPlan:
     """Choose the windows of a recording.
 
@@ -85,8 +87,9 @@ def plan_windows(
         num_frames: instants in a window.
         stride: instants between the starts of two windows.
         max_age_us: a window with an older frame is dropped.
+        phase_us: of the time grid.
     """
-    grid = time_grid(*common_span_us(cameras, motion_us), rate_hz)
+    grid = time_grid(*common_span_us(cameras, motion_us), rate_hz, phase_us)
     index = np.stack([latest_at(times, grid) for times in cameras.values()], axis=1)
     seen = np.stack([times[index[:, k]] for k, times in enumerate(cameras.values())], axis=1)
     windows, dropped = [], Counter[str]()

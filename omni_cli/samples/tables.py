@@ -79,3 +79,4 @@ class ShardTables:
     frames: pa.Table
     windows: pa.Table
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> windows that were refused
+    facts: dict[str, str] = field(default_factory=dict)  # what was chosen for this recording, for provenance

@@ -78,15 +78,25 @@ def ego_motion_tables(
 
 
 def choose_windows(
-    recording: Recording, preprocess: Preprocess, *, stride: int, max_age_us: int, assign_split: AssignSplit
+    recording: Recording,
+    preprocess: Preprocess,
+    *,
+    stride: int,
+    max_age_us: int,
+    assign_split: AssignSplit,
+    phase_us: int = 0,
 ) -> ChosenWindows:
     """Choose the windows of a recording and give each its split; arguments as for `ego_motion_tables`.
+
+    The time grid is that of `plan_windows`, with its phase.
 
     Raises:
         DataError: a camera or the ego motion is missing, or no window is left.
     """
     motion_timestamps_us(recording)  # there are no targets without
-    plan = plan_cameras(recording, preprocess.cameras, preprocess, stride=stride, max_age_us=max_age_us)
+    plan = plan_cameras(
+        recording, preprocess.cameras, preprocess, stride=stride, max_age_us=max_age_us, phase_us=phase_us
+    )
     splits = [assign_split(window.start_us, window.end_us) for window in plan.windows]
     kept = [(window, split) for window, split in zip(plan.windows, splits, strict=True) if split is not None]
     dropped = Counter(plan.dropped)
@@ -99,7 +109,13 @@ def choose_windows(
 
 
 def plan_cameras(
-    recording: Recording, cameras: Sequence[str], preprocess: Preprocess, *, stride: int, max_age_us: int
+    recording: Recording,
+    cameras: Sequence[str],
+    preprocess: Preprocess,
+    *,
+    stride: int,
+    max_age_us: int,
+    phase_us: int = 0,
 ) -> WindowPlan:
     """Choose the windows in which all these cameras see, and the motion is known if any of it is; else as above.
 
@@ -115,6 +131,7 @@ def plan_cameras(
         num_frames=preprocess.num_frames,
         stride=stride,
         max_age_us=max_age_us,
+        phase_us=phase_us,
     )
 
 

@@ -16,7 +16,6 @@ from omni_cli.files import sha256_of
 from omni_cli.recipe import SplitSettings
 from omni_cli.recipes.distill import Distill
 from omni_cli.recipes.distill.settings import DistillSample, DistillTrain, DistillTune
-from omni_cli.sources import openpilot_schema
 from omni_cli.stages.etl import EtlRequest, etl
 from omni_cli.stages.train import TrainRequest, train
 from tests.support import openpilot as made
@@ -38,11 +37,13 @@ def write_drives(data: Path, **changes) -> None:
     write_synthetic(data, **{"cameras": (FRONT,), "seconds": 5.0, **changes})
 
 
-def write_routes(data: Path, count: int = 80, *, settled_after: int = 40, models_every: int = 1) -> list[str]:
+def write_routes(
+    data: Path, count: int = 80, *, settled_after: int = 40, models_every: int = 1, models_from: int = 0
+) -> list[str]:
     """Write two drives of a comma device under DATA/raw/openpilot, and return their ids.
 
     The device knows how it is mounted from frame `settled_after` on, turns left at 0.1 rad/s, and logs what its own
-    model said of each `models_every`-th frame: paths and lanes that no two frames share.
+    model said of each `models_every`-th frame from `models_from` on: paths and lanes that no two frames share.
     """
     ids = []
     for number in range(2):
@@ -59,7 +60,7 @@ def write_routes(data: Path, count: int = 80, *, settled_after: int = 40, models
             turn = {"x": 0.0, "y": 0.0, "z": -0.1, "valid": True}
             extra.append(made.event("liveCalibration", made.calibration((0.0, 0.02, 0.01), status), at_us))
             extra.append(made.event("livePose", {"angularVelocityDevice": turn}, at_us))
-        for frame in range(0, count, models_every):
+        for frame in range(models_from, count, models_every):
             seen = made.model(frame, shift=frame / 10) | {"laneLineProbs": [0.9, 0.8, 0.7, 0.6]}
             extra.append(made.event("modelV2", seen, made.BOOT_US + frame * made.FRAME_US + 60_000))
         (folder / "qlog").write_bytes((folder / "qlog").read_bytes() + b"".join(extra))
@@ -75,17 +76,6 @@ def real_folder() -> Path:
 def copy_real_segment(data: Path) -> None:
     """Copy the one real segment into DATA/raw/openpilot."""
     shutil.copytree(real_folder() / "comma_demo_route" / REAL_ID[:16], data / "raw" / "openpilot" / REAL_ID[:16])
-
-
-def moved_models(log: Path, *, frames: int) -> None:
-    """Write a real log anew as a plain `qlog`, with what its model said moved by so many frames."""
-    content, _ = openpilot_schema.decompress(log.read_bytes(), log.name)
-    events = [event.as_builder() for event in openpilot_schema.log_schema().Event.read_multiple_bytes(content)]
-    for event in events:
-        if event.which() == "modelV2":
-            event.modelV2.frameId += frames
-    log.with_name("qlog").write_bytes(b"".join(event.to_bytes() for event in events))
-    log.unlink()
 
 
 def tiny_student(family: str = "resnet", *, cameras: str = FRONT, mode: str = "full", **changes) -> Distill:

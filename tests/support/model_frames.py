@@ -6,7 +6,7 @@ from omni_cli.scene.cameras import Pinhole
 from omni_cli.scene.model_frame import ModelView
 
 QCAMERA = Pinhole(526, 330, 2648.0 * 526 / 1928, 2648.0 * 330 / 1208, 263.0, 165.0)
-_V = np.array([[0, 1, 0], [0, 0, 1], [1, 0, 0]])
+V = np.array([[0, 1, 0], [0, 0, 1], [1, 0, 0]])
 
 
 def rotation(rpy_rad) -> np.ndarray:
@@ -24,7 +24,7 @@ def k_matrix(camera: Pinhole) -> np.ndarray:
 
 def openpilot_matrix(view: ModelView, camera: Pinhole, rpy_rad) -> np.ndarray:
     """The matrix that maps pixels of the model frame to pixels of the camera."""
-    return k_matrix(camera) @ _V @ rotation(rpy_rad) @ np.linalg.inv(k_matrix(view.intrinsics) @ _V)
+    return k_matrix(camera) @ V @ rotation(rpy_rad) @ np.linalg.inv(k_matrix(view.intrinsics) @ V)
 
 
 def mapped(matrix: np.ndarray, width: int, height: int) -> np.ndarray:

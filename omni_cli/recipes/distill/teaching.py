@@ -14,7 +14,7 @@ import numpy as np
 
 from omni_cli import files
 from omni_cli.config import comma_list, nearest
-from omni_cli.errors import DataError, UsageError
+from omni_cli.errors import DataError, OmniError, UsageError
 from omni_cli.formats.driving_model import DESIRES, NUM_POINTS, TRAFFIC_CONVENTIONS
 from omni_cli.formats.video import Uint8Array
 from omni_cli.models.onnx_runtime import AUTO
@@ -50,15 +50,16 @@ class OnnxLabeller:
 
     paths: tuple[Path, ...]
     device: str  # of models/onnx_runtime; never `auto`, lest one worker fall back to the CPU without a word
+    contents: str  # `identity` of the files: a worker opens them later, perhaps on another machine
 
     def __call__(self, recording: Recording, looks: Looks, driven: DrivenPaths) -> StepLabels:
         """Return what the model says wherever its memory of 5 s is real, and the speed known if it must be told.
 
         Raises:
             DataError: that is nowhere, or an answer is not finite.
-            OmniError: the model cannot be opened in this process.
+            OmniError: the model cannot be opened in this process, or is not the one that the work began with.
         """
-        teacher = _opened(self.paths, self.device)
+        teacher = _opened(self.paths, self.device, self.contents)
         said = list(_all_said(teacher, looks, driven))
         is_known = np.zeros(len(looks.begins), dtype=bool)
         for rows, labels in said:
@@ -90,12 +91,23 @@ def identity(teacher: str) -> str:
     """
     if teacher in _WITHOUT_FILES or teacher.startswith(ONNX):
         return teacher
-    paths = _paths(teacher)
-    if not all(path.is_file() for path in paths):
-        return ANY_ONNX
-    contents = [path for path in (*paths, *map(sidecar_of, paths)) if path.is_file()]
-    hashes = sorted(_sha256(path, path.stat().st_size, path.stat().st_mtime_ns) for path in contents)
-    return f"{ONNX}{files.hash_json(hashes)[:_HASH_DIGITS]}"
+    return _contents(_paths(teacher))
+
+
+def program_files(teacher: str) -> tuple[Path, ...]:
+    """Return the ONNX files that a setting names.
+
+    Raises:
+        UsageError: it names none, or one that is not there.
+    """
+    if teacher in _WITHOUT_FILES:
+        raise UsageError(f"its teacher is {teacher!r}, and no program")
+    if teacher.startswith(ONNX):
+        raise UsageError(f"its teacher {teacher} is known by its contents only")
+    for path in (paths := _paths(teacher)):
+        if not path.is_file():
+            raise UsageError(f"its teacher's file {path} is not there")
+    return paths
 
 
 def labeller(teacher: str, device: str = AUTO) -> Labeller:
@@ -114,8 +126,9 @@ def labeller(teacher: str, device: str = AUTO) -> Labeller:
     if teacher.startswith(ONNX):
         raise UsageError(f"sample.teacher = {teacher!r} says what the files hold, not where they are; etl runs them: "
                          "give them with --teacher FILE.onnx,FILE.onnx")  # fmt: skip
-    paths = _paths(teacher)
-    return OnnxLabeller(paths, _opened(paths, AUTO).provider if device == AUTO else device)
+    paths, contents = _paths(teacher), identity(teacher)
+    found = _opened(paths, AUTO, contents).provider if device == AUTO else device
+    return OnnxLabeller(paths, found, contents)
 
 
 def teacher_notes(teacher: str, device: str) -> tuple[str, ...]:
@@ -129,7 +142,7 @@ def teacher_notes(teacher: str, device: str) -> tuple[str, ...]:
     ours = labeller(teacher, device)
     if not isinstance(ours, OnnxLabeller):
         return ()
-    opened = _opened(ours.paths, device)
+    opened = _opened(ours.paths, device, ours.contents)
     names = ", ".join(filter(None, opened.checkpoints)) or ", ".join(path.name for path in ours.paths)
     return (f"teacher {identity(teacher)} ({names}) runs on {opened.provider}", *opened.notes)
 
@@ -143,15 +156,28 @@ def _paths(teacher: str) -> tuple[Path, ...]:
     return tuple(Path(part).expanduser().absolute() for part in comma_list(teacher))
 
 
+def _contents(paths: Sequence[Path]) -> str:
+    if not all(path.is_file() for path in paths):
+        return ANY_ONNX
+    found = [path for path in (*paths, *map(sidecar_of, paths)) if path.is_file()]
+    hashes = sorted(_sha256(path, path.stat().st_size, path.stat().st_mtime_ns) for path in found)
+    return f"{ONNX}{files.hash_json(hashes)[:_HASH_DIGITS]}"
+
+
 @lru_cache
 def _sha256(path: Path, _size: int, _modified_ns: int) -> str:
     return files.sha256_of(path)
 
 
 @lru_cache(maxsize=1)
-def _opened(paths: tuple[Path, ...], device: str) -> Teacher:
+def _opened(paths: tuple[Path, ...], device: str, contents: str) -> Teacher:
     """Open a teacher once a process; on the CPU one thread a worker, so that labels do not depend on their number."""
-    return open_teacher(paths, device, threads=1)
+    teacher = open_teacher(paths, device, threads=1)
+    if (found := _contents(paths)) != contents:
+        named = ", ".join(map(str, paths))
+        raise OmniError(f"{named}: the work began with the teacher {contents}, here the files hold {found}; put the "
+                        "same files wherever etl runs, leave them alone while it does, and run it again")  # fmt: skip
+    return teacher
 
 
 def _never_warm(recording: Recording, looks: Looks, *, needs_speed: bool) -> DataError:

@@ -24,7 +24,7 @@ from omni_cli.samples.splits import check_no_leak
 from omni_cli.stages.etl.plan import Job, Plan, Unit
 from omni_cli.stages.etl.unit import refusal
 
-_SUMMARISED = ("revision", "licence")
+_SUMMARISED = ("revision", "licence", "grid_phase_us")
 
 
 def is_done(job: Job, unit: Unit) -> bool:
@@ -82,7 +82,7 @@ def current_manifest(folder: Path) -> Manifest | None:
 
 
 def _provenance(job: Job, units: Sequence[Unit]) -> dict[str, tuple[str, ...]]:
-    """Return the distinct revisions and licences; the hashes of each recording's inputs stay in its receipt."""
+    """Return the distinct revisions, licences and phases; the hashes of each recording's inputs stay in its receipt."""
     told = [_receipt(job, unit)["provenance"] for unit in units]
     found = {key: tuple(sorted({facts[key] for facts in told if key in facts})) for key in _SUMMARISED}
     return {key: values for key, values in found.items() if values}

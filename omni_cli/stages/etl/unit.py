@@ -87,7 +87,8 @@ def _make(job: Job, unit: Unit, folder: Path) -> UnitResult:
         return UnitResult("kept")
     tables = job.make_tables(recording, job.preprocess, assign_split=_assign_split(job, unit, recording))
     retract_manifest(job.out)
-    facts = {"plan_key": job.plan_key(unit), "group": unit.group, "provenance": dict(recording.provenance)}
+    provenance = {**recording.provenance, **tables.facts}
+    facts = {"plan_key": job.plan_key(unit), "group": unit.group, "provenance": provenance}
     write_recording(job.out, unit.recording_id, tables, unit_key, **facts, **_summary(tables))
     (folder / REFUSAL_FILE).unlink(missing_ok=True)
     return UnitResult("made", frames=tables.frames.num_rows)
