@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from omni_cli.errors import DataError
+from omni_cli.commands._compose import compose_recipe
+from omni_cli.errors import DataError, OmniError
 from omni_cli.files import read_json, receipt_path
 from omni_cli.models.driving_losses import plan_losses
+from omni_cli.profiles import load_profile
 from omni_cli.samples.dataset import WindowDataset
 from omni_cli.samples.model_frames import unpack_rgb
 from omni_cli.samples.shards import MANIFEST_FILE, open_shards
@@ -142,16 +144,16 @@ def test_the_cars_own_model_teaches_the_heads_too(routes, tmp_path):
 
 
 def test_accumulated_small_batches_learn_as_one_large_batch(routes, tmp_path):
-    """Windows have 0, 2 and 3 steps that count: a mean of means would differ. No layer mixes rows here."""
+    """Windows have 2 and 3 steps that count: a mean of means would differ. No layer mixes rows here."""
     base = tiny_student("dinov2", cameras="qcamera", sample={"require_calibrated": True})
     cut = Path(etl(base, EtlRequest(data=routes, out=tmp_path / "s", workers=0), QUIET)["shards"])
     dataset = WindowDataset(open_shards(cut), "train")
     batch = base.collate([dataset[index] for index in range(len(dataset))], base.preprocess())
-    assert (batch["labels"] > 0).sum(dim=1).tolist() == [0, 0, 2, 3]
+    assert (batch["labels"] > 0).sum(dim=1).tolist() == [2, 3]
     with torch.no_grad():
         loss = base.loss(base.build(base.preprocess()).model, batch, base.preprocess())
     final = {}
-    for name, size, accumulation in (("one", 4, 1), ("four", 1, 4)):
+    for name, size, accumulation in (("one", 2, 1), ("two", 1, 2)):
         steps = {"batch_size": size, "accumulation": accumulation, "optimizer": "sgd", "learning_rate": 1e-3}
         recipe = tiny_student(
             "dinov2", cameras="qcamera", sample={"require_calibrated": True}, train={**steps, "log_steps": 1}
@@ -161,24 +163,49 @@ def test_accumulated_small_batches_learn_as_one_large_batch(routes, tmp_path):
         final[name] = weights(tmp_path / name / runs.FINAL)
     before = base._base().state_dict()
     for name, value in final["one"].items():
-        torch.testing.assert_close(final["four"][name], value, atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(final["two"][name], value, atol=2e-6, rtol=1e-5)
     moved = {name for name, value in final["one"].items() if not torch.equal(value, before[name])}
     assert moved == {name for name in before if not name.startswith(HEADS)}
 
 
-def test_a_batch_in_which_no_step_counts_teaches_nothing_and_stops_nothing(routes, tmp_path):
-    """Half of these windows were driven before the device knew its mount."""
-    steps = {"batch_size": 1, "max_steps": 8, "log_steps": 1, "learning_rate": 1e-3}
-    recipe = tiny_student(cameras="qcamera", sample={"require_calibrated": True}, train=steps)
-    made = make_run(tmp_path, recipe, data=routes)
+def test_a_batch_in_which_no_step_counts_teaches_nothing_and_stops_nothing(tmp_path):
+    """The car's own model spoke of one frame in 24: in two windows of three that is in the warm-up."""
+    write_routes(tmp_path / "data", models_every=24, models_from=4)
+
+    def student(**changes):
+        steps = {"batch_size": 1, "max_steps": 6, "log_steps": 1, "learning_rate": 1e-3, **changes}
+        return tiny_student(cameras="qcamera", sample={"teacher": "log"}, train=steps)
+
+    def refused(recipe, name: str, message: str) -> None:
+        with pytest.raises(
+            DataError, match=f"{message} that counts; .*make other shards with omni etl, with fewer fil"
+        ):
+            train(recipe, TrainRequest(made.shards, tmp_path, tmp_path, name, "test"), QUIET)
+
+    made = make_run(tmp_path, student(), data=tmp_path / "data")
     found = losses(made.run.folder)
     assert found.count(0.0) == 4
+    assert found[0] == 0.0
     assert np.isfinite(found).all()
-    never = tiny_student(cameras="qcamera", sample={"require_calibrated": True}, train={"warmup_steps": 4})
-    with pytest.raises(
-        DataError, match=r"r2: none of the 2 steps met a label that counts; make other shards with omni"
-    ):
-        train(never, TrainRequest(made.shards, routes, tmp_path, "r2", "test"), QUIET)
+    refused(student(max_steps=1), "r1", "r1: none of the 1 steps met a label")
+    refused(student(warmup_steps=3), "r2", "none of its 3 windows has a label")
+    assert not (tmp_path / "r2" / runs.RUN_FILE).exists()  # before anything was begun
+
+
+SHAPES = {"base": (87.7e6, 93e6), "tiny": (27.9e6, 33e6)}  # weights of ConvNeXt V2, and of it with all that is ours
+
+
+@pytest.mark.parametrize("profile", ["mi300x-bf16", "mi300x-4bit", "h200-bf16", "rtx4090-4bit", "dgx-spark"])
+def test_the_plan_of_a_gpu_needs_no_network(profile, tmp_path, monkeypatch):
+    """What is loaded does."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    recipe = compose_recipe("distill", load_profile(profile)).value
+    plan = train(recipe, TrainRequest(None, tmp_path, tmp_path, None, profile, dry_run=True), QUIET)
+    least, most = next(shape for size, shape in SHAPES.items() if size in recipe.model)
+    assert least < plan["trainable_parameters"] < plan["parameters"] < most
+    with pytest.raises(OmniError, match="cannot read the configuration of backbone 'facebook/convnextv2-"):
+        recipe.build(recipe.preprocess())
 
 
 # -- which steps count

@@ -83,7 +83,7 @@ def test_merged_is_adapted(family: str, mode: str, tmp_path: Path) -> None:
         moved = differences(everything(adapted), expected[0])
     merged = adapters.merge(adapted)
     assert type(merged) is DrivingNet
-    assert min(difference for difference in moved if difference) > 1e-2
+    assert min(difference for difference in moved if difference) > 3e-4  # scales begin almost still
     for seed in (0, 1):
         assert max(differences(everything(merged, seed), expected[seed])) < 1e-5
     driving_net.save_net(merged, tmp_path / "merged")

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from omni_cli.models import driving_losses
 from omni_cli.models.driving_losses import Summed, VisionLabels
-from omni_cli.models.driving_net import Plans, VisionOutputs
+from omni_cli.models.driving_net import Plans, VisionOutputs, plan_units
 
 STEPS, PLANS = 5, 3
 
@@ -45,7 +45,7 @@ PATH, POINTS = draw(STEPS, 33, 2, seed=9, scale=5), torch.tensor([33, 10, 0, 1, 
 
 
 def mean_plan_loss(plans: Plans) -> torch.Tensor:
-    losses = driving_losses.plan_losses(plans, PATH, POINTS)
+    losses = driving_losses.plan_losses(plans, PATH, POINTS, beta=0.0)
     return (losses["plan"].total + losses["plan_choice"].total) / losses["plan"].count
 
 
@@ -73,7 +73,7 @@ def test_plan_losses_are_a_loop_over_steps() -> None:
                 nll += float(abs(mean - PATH[step, i, axis]) / log_scale.exp() + math.log(2) + log_scale)
         if points:
             choice += float(torch.logsumexp(plans.logit[step], 0) - plans.logit[step, best])
-    losses = driving_losses.plan_losses(plans, PATH, POINTS)
+    losses = driving_losses.plan_losses(plans, PATH, POINTS, beta=0.0)
     assert losses["plan"].total.item() == pytest.approx(nll)
     assert losses["plan_choice"].total.item() == pytest.approx(choice)
     assert int(losses["plan"].count) == int(losses["plan_choice"].count) == 4
@@ -95,6 +95,18 @@ def test_what_lies_behind_the_end_of_a_path_is_not_looked_at() -> None:
 def test_gradients_of_the_plan_losses() -> None:
     plans = [tensor.requires_grad_() for tensor in some_plans()]
     assert torch.autograd.gradcheck(lambda *parts: mean_plan_loss(Plans(*parts)), plans)
+
+
+def test_every_point_of_a_plan_learns_with_the_same_strength() -> None:
+    """However sure it is of the near ones: with beta 1 a mean's slope is its sign over the spread alone."""
+    plans = Plans(*(tensor[:, :1].clone().requires_grad_() for tensor in some_plans()))
+    losses = driving_losses.plan_losses(plans, PATH, torch.full((STEPS,), 33))
+    losses["plan"].total.backward()
+    spread = plan_units(PATH)[1]
+    sign = torch.sign(plans.mean_m[:, 0] - PATH)
+    torch.testing.assert_close(plans.mean_m.grad[:, 0], sign / spread)
+    error, scale = (plans.mean_m[:, 0] - PATH).abs(), plans.log_scale[:, 0].exp()
+    torch.testing.assert_close(plans.log_scale.grad[:, 0], (1 - error / scale) * scale / spread)
 
 
 def test_the_winner_alone_learns_its_path() -> None:
@@ -232,7 +244,7 @@ def test_micro_batches_add_up(cut: int) -> None:
 
 def test_one_hypothesis_is_plain_regression() -> None:
     plans = Plans(*(tensor[:, :1] for tensor in some_plans()))
-    losses = driving_losses.plan_losses(plans, PATH, torch.full((STEPS,), 33))
+    losses = driving_losses.plan_losses(plans, PATH, torch.full((STEPS,), 33), beta=0.0)
     nll = driving_losses.laplace_nll(plans.mean_m[:, 0], plans.log_scale[:, 0], PATH).sum()
     assert losses["plan"].total.item() == pytest.approx(float(nll))
     assert losses["plan_choice"].total.item() == 0

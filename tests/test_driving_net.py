@@ -326,6 +326,30 @@ def test_backbones_that_cannot_be_are_refused(tmp_path) -> None:
 # -- folders
 
 
+# In millions, with a head of 1000 classes. Source: table of models in the README of facebookresearch/ConvNeXt-V2.
+PUBLISHED = {"atto": 3.7, "femto": 5.2, "pico": 9.1, "nano": 15.6, "tiny": 28.6, "base": 89, "large": 198, "huge": 660}
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_a_published_shape_that_is_known_has_the_published_number_of_weights(size: str) -> None:
+    with torch.device("meta"):
+        backbone = backbones.Backbone(backbones.planned_config(f"facebook/convnextv2-{size}-22k-224"))
+    count = sum(weight.numel() for weight in backbone.parameters())
+    stem = backbone.model.get_parameter("embeddings.patch_embeddings.weight")
+    as_published = count - stem[:, 3:].numel() + 1000 * (backbone.width + 1)
+    assert as_published / 1e6 == pytest.approx(PUBLISHED[size], rel=1e-2)
+    assert backbone.grid == (4, 8)
+
+
+def test_a_plan_is_what_the_hub_tells_where_it_tells_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of the very name is read, however it differs from what is published, and so is one of another name."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("facebook/convnextv2-tiny-22k-224", "other/convnextv2-tiny-22k-224"):
+        ConvNextV2Config(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2).save_pretrained(tmp_path / name)
+        assert backbones.planned_config(name)["hidden_sizes"] == [8, 16]
+        assert backbones.planned_config(name) == backbones.backbone_config(name)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_net_comes_back_from_its_folder(family: str, tmp_path) -> None:
     net, inputs = make_net(family), make_inputs(1, 2)

@@ -23,6 +23,7 @@ from omni_cli.recipe import (
     Inferable,
     Mergeable,
     Sampled,
+    Taught,
     Tokenized,
     Trainable,
     require,
@@ -347,6 +348,12 @@ def test_every_part_is_measured_on_its_own_data_and_run(made):
     for part in ("train", "infer"):
         rates = next(iter(parts[part]["lines"].values()))["per_second"]
         assert units.keys() < rates.keys()
+
+
+@drives(Taught)
+def test_a_recipe_that_learns_from_no_program_says_so(made):
+    with pytest.raises(UsageError, match="its teacher is 'motion', and no program"):
+        made.recipe.teacher_files()
 
 
 # -- what holds for all

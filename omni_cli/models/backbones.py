@@ -8,8 +8,10 @@ pictures differ is learned on top.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +39,19 @@ _RGB_CHANNELS = 3
 _NEWEST_NARROW = slice(PICTURE_SHAPE[0], 2 * PICTURE_SHAPE[0])
 _BRIGHTNESS_PLANES = 4  # of a packed picture: each holds every second pixel of every second row
 _GREY, _SPREAD = 128.0, 64.0  # pixels become (x - 128) / 64: U and V are centred there, and brightness nearly so
+# ConvNeXt V2 as Meta publishes it: blocks of each of its four stages, and channels of the first, doubled at each of the
+# others. Source: Woo et al. 2023 (arXiv:2301.00808), appendix A.
+_CONVNEXT_V2 = {
+    "atto": ((2, 2, 6, 2), 40),
+    "femto": ((2, 2, 6, 2), 48),
+    "pico": ((2, 2, 6, 2), 64),
+    "nano": ((2, 2, 8, 2), 80),
+    "tiny": ((3, 3, 9, 3), 96),
+    "base": ((3, 3, 27, 3), 128),
+    "large": ((3, 3, 27, 3), 192),
+    "huge": ((3, 3, 27, 3), 352),
+}
+_PUBLISHED_CONVNEXT_V2 = re.compile(rf"facebook/convnextv2-({'|'.join(_CONVNEXT_V2)})-(?:1k|22k)-(?:224|384|512)")
 _OF_A_CLASSIFIER = ("_name_or_path", "architectures", "id2label", "label2id", "problem_type")
 _IMAGENET_STD = (0.229, 0.224, 0.225)  # of red, green and blue in 0..1: what published weights expect
 # Rows: R, G, B; columns: Y, U, V, all in 0..255. Source: ITU-R BT.601-7, limited range.
@@ -132,7 +147,27 @@ def backbone_config(name: str) -> dict[str, Any]:
         UsageError: it is of no known family, or looks neither at 3 nor at 24 channels.
         OmniError: it is not here and the hub cannot be reached.
     """
-    config = _tiny_config(name) if is_tiny(name) else _published_config(name)
+    return _facts(name, _tiny_config(name) if is_tiny(name) else _published_config(name))
+
+
+def planned_config(name: str) -> dict[str, Any]:
+    """Return the same for a plan, which needs no network where the shape is known here: a ConvNeXt V2 of Meta's.
+
+    What is loaded has the configuration that comes with its weights.
+
+    Raises:
+        UsageError: see `backbone_config`.
+        OmniError: likewise.
+    """
+    known = _PUBLISHED_CONVNEXT_V2.fullmatch(name)
+    if known is None or Path(name).is_dir():
+        return backbone_config(name)
+    depths, width = _CONVNEXT_V2[known[1]]
+    hidden_sizes = [width * 2**stage for stage in range(len(depths))]
+    return _facts(name, ConvNextV2Config(depths=list(depths), hidden_sizes=hidden_sizes))
+
+
+def _facts(name: str, config: Any) -> dict[str, Any]:
     if config.num_channels not in (_RGB_CHANNELS, CHANNELS):
         raise UsageError(f"backbone {name}: it looks at {config.num_channels} channels; expected 3 (RGB) or {CHANNELS}")
     config.update({"num_channels": CHANNELS, **_FAMILIES[config.model_type].always})
@@ -185,6 +220,11 @@ def _tiny_config(name: str) -> Any:
 
 
 def _published_config(name: str) -> Any:
+    if name.lower().endswith(".onnx") or any(Path(name).glob("*.onnx")):
+        raise UsageError(
+            f"backbone {name}: an ONNX program is no backbone; to adapt openpilot's own model give the folder that "
+            "holds its driving_vision.onnx and driving_policy.onnx (v0.10.1 to v0.10.3)"
+        )
     try:
         config = AutoConfig.from_pretrained(**hub_arguments(name))
     except (OSError, ValueError) as error:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from omni_cli.formats.driving_model import NUM_POINTS
-from omni_cli.models.driving_net import NUM_EDGES, Plans, VisionOutputs
+from omni_cli.models.driving_net import NUM_EDGES, Plans, VisionOutputs, plan_units
 from omni_cli.models.driving_outputs import EXP_CLIP
 
 HUBER_DELTA = 1.0  # m and m/s: below it errors count squared, above it as they are
@@ -66,22 +66,31 @@ def winners(plans: Plans, path_m: Tensor, mask: Tensor) -> Tensor:
     return nearest
 
 
-def plan_losses(plans: Plans, path_m: Tensor, num_points: Tensor) -> dict[str, Summed]:
+def plan_losses(plans: Plans, path_m: Tensor, num_points: Tensor, beta: float = 1.0) -> dict[str, Summed]:
     """Return the losses of plans against the paths of s steps; each counts the steps with a path.
 
     `plan`: the winner's Laplace NLL, summed over its points' coordinates; the others learn nothing (winner takes all:
     Guzman-Rivera et al. 2012, "Multiple Choice Learning"). `plan_choice`: the cross-entropy of the mixture's weights
     against the winner (both as Cui et al. 2019, arXiv:1809.10732, train several trajectories).
 
+    Each number's likelihood weighs (b / spread)^beta with b held still: the beta-NLL of Seitzer et al. 2022,
+    arXiv:2203.09168, for Laplace's density. Plain likelihood (beta 0) divides a mean's gradient by its scale. Near the
+    car scales shrink at once, as every path begins alike, and 1 / b then drowns what pictures say of the points ahead:
+    the net stays at the average path (measured). With beta 1 a mean learns from |error| / spread.
+
     Args:
         plans: of s steps.
         path_m: (s, 33, 2); anything past a step's last point.
         num_points: (s,) how many points of each path there are.
+        beta: 0 (plain likelihood) to 1.
     """
     mask = path_mask(num_points)
     path_m = _labelled(path_m, mask)
     best, rows = winners(plans, path_m, mask), torch.arange(len(path_m), device=path_m.device)
-    nll = laplace_nll(plans.mean_m[rows, best], plans.log_scale[rows, best], path_m)
+    log_scale = plans.log_scale[rows, best]
+    log_spread = torch.log(plan_units(log_scale)[1])
+    weight = torch.exp(beta * (log_scale.detach().clamp(max=EXP_CLIP) - log_spread))
+    nll = laplace_nll(plans.mean_m[rows, best], log_scale, path_m) * weight
     has_path = num_points > 0
     choice = functional.cross_entropy(plans.logit, best, reduction="none")
     count = has_path.sum()

@@ -9,6 +9,7 @@ untrained net (u near 0) says something plausible and every u has the same size 
 `spread * exp(s)` with |s| < 5.
 """
 
+import importlib
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
@@ -37,7 +38,8 @@ from omni_cli.models.families import is_tiny
 
 HEADS = ("lane_lines", "road_edges", "leads")  # of the vision net; each learns only where its labels are
 NUM_LINES, NUM_EDGES, NUM_LEADS = 4, 2, 3
-_WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+PROGRAMS = ("driving_vision.onnx", "driving_policy.onnx")  # as openpilot and `omni export` name them
 _KIND = "driving-net-1"
 _MAX_LOG_SPREADS = 5.0
 _MAP_NUMBERS = 1024  # what of a feature map reaches the features: all its cells, in few channels
@@ -154,6 +156,7 @@ class PolicyNet(nn.Module):
         self.memory = Gru(FEATURE_LEN + DESIRES, config.hidden)
         numbers = config.num_hypotheses * (NUM_POINTS * 2 * 2 + 1)  # x and y, mean and scale; a weight
         self.plan = Head(config.hidden + TRAFFIC_CONVENTIONS, config.hidden, numbers)
+        self._begin_with_even_scales()
 
     def forward(self, features_buffer: Tensor, desire_pulse: Tensor, traffic_convention: Tensor) -> Plans:
         """Plan.
@@ -171,17 +174,30 @@ class PolicyNet(nn.Module):
         projected: Tensor = self.memory.input_projection(inputs)
         return projected
 
+    def _begin_with_even_scales(self) -> None:
+        """Let every scale start near its spread: all would move at once, and the features with them, before means do.
+
+        Near, since DoRA needs a direction of every output's weights.
+        """
+        means = self.num_hypotheses * NUM_POINTS * 2
+        *_, weight, bias = self.plan.parameters()
+        with torch.no_grad():
+            weight[means : 2 * means] *= 0.01
+            bias[means : 2 * means] = 0
+
     def decide(self, projected: Tensor, traffic_convention: Tensor) -> Plans:
         """Return plans from the projected inputs (b, 25, 3 hidden) of the steps in mind."""
         state = self.memory(projected)
         raw = self.plan(torch.cat([state, traffic_convention.to(state.dtype)], dim=1)).float()
         numbers, logit = raw[:, : -self.num_hypotheses], raw[:, -self.num_hypotheses :]
-        mean, log_scale = _scaled(numbers.reshape(-1, 2, self.num_hypotheses, NUM_POINTS, 2), *_plan_units(raw))
+        mean, log_scale = _scaled(numbers.reshape(-1, 2, self.num_hypotheses, NUM_POINTS, 2), *plan_units(raw))
         return Plans(mean, log_scale, logit)
 
 
 class DrivingNet(nn.Module):
     """The student: `vision` and `policy` are what a car runs, a call unrolls both over rows of steps to train them."""
+
+    takes_any_batch = True  # when traced; what was made for one number of steps is traced for one
 
     def __init__(self, config: DrivingNetConfig) -> None:
         super().__init__()
@@ -212,6 +228,15 @@ class DrivingNet(nn.Module):
         projected = self.policy.project(features, functional.pad(desire_pulse, before))
         buffers = projected.unfold(1, HISTORY_STEPS, 1).flatten(0, 1).transpose(1, 2)
         return seen, self.policy.decide(buffers, traffic_convention.repeat_interleave(num_steps, dim=0))
+
+    def freeze_heads(self, labelled: Collection[str]) -> None:
+        """Let only those of the `HEADS` learn that have labels to learn from."""
+        for name, head in self.vision.heads.items():
+            head.requires_grad_(requires_grad=name in labelled)
+
+    def save_layout(self, folder: Path) -> None:
+        """Write what the net is made of, without its weights."""
+        files.write_json(folder / CONFIG, {"kind": _KIND, **asdict(self.layout)})
 
     def train(self, mode: bool = True) -> "DrivingNet":
         """Set training mode, in which the statistics of a frozen norm stay as they are.
@@ -260,57 +285,72 @@ def empty_net(config: DrivingNetConfig) -> DrivingNet:
 
 def freeze_heads(net: DrivingNet, labelled: Collection[str]) -> None:
     """Let only those of the `HEADS` learn that have labels to learn from."""
-    for name, head in net.vision.heads.items():
-        head.requires_grad_(requires_grad=name in labelled)
+    net.freeze_heads(labelled)
 
 
 def save_net(net: DrivingNet, folder: Path) -> None:
     """Write weights and configuration into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: weight.contiguous() for name, weight in net.state_dict().items()}, folder / _WEIGHTS)
-    files.write_json(folder / _CONFIG, {"kind": _KIND, **asdict(net.layout)})
+    save_file({name: weight.contiguous() for name, weight in net.state_dict().items()}, folder / WEIGHTS)
+    net.save_layout(folder)
 
 
 def is_net_folder(folder: Path) -> bool:
-    """Say whether `save_net` wrote a folder's configuration."""
-    path = folder / _CONFIG
-    return path.is_file() and files.read_json(path).get("kind") == _KIND
+    """Say whether `save_net` wrote a folder's configuration, or it holds openpilot's pair of ONNX programs."""
+    path = folder / CONFIG
+    return has_programs(folder) or (path.is_file() and files.read_json(path).get("kind") == _KIND)
+
+
+def has_programs(folder: Path) -> bool:
+    """Say whether a folder holds openpilot's pair of ONNX programs."""
+    return all((folder / name).is_file() for name in PROGRAMS)
+
+
+def programs_fingerprint(folder: Path) -> str:
+    """Return a hash of a folder's ONNX programs, the slices beside them and the weights that omni trained for them."""
+    found = [path for path in folder.iterdir() if path.suffix in (".onnx", ".pkl", ".safetensors")]
+    return files.hash_json({path.name: files.sha256_of(path) for path in sorted(found)})
 
 
 def load_net(folder: Path) -> DrivingNet:
-    """Load what `save_net` wrote.
+    """Load what `save_net` wrote, or import openpilot's pair of ONNX programs.
 
     Raises:
-        DataError: it is no such folder, or its weights are not those of its configuration.
+        UsageError: see `driving_import.import_net`.
+        DataError: it is no such folder, or its weights are not those of its configuration; likewise.
     """
-    if not is_net_folder(folder) or not (folder / _WEIGHTS).is_file():
-        raise DataError(f"{folder}: no driving net; expected {_CONFIG} and {_WEIGHTS} that omni wrote")
-    kept = files.read_json(folder / _CONFIG)
+    if has_programs(folder):
+        # when it is needed: it builds on this module, and on an extra
+        imported: DrivingNet = importlib.import_module("omni_cli.models.driving_import").import_net(folder)
+        return imported
+    if not is_net_folder(folder) or not (folder / WEIGHTS).is_file():
+        raise DataError(f"{folder}: no driving net; expected {CONFIG} and {WEIGHTS} that omni wrote")
+    kept = files.read_json(folder / CONFIG)
     net = empty_net(DrivingNetConfig(kept["backbone"], kept["num_hypotheses"], kept["hidden"]))
-    try:
-        # assigned, since there is nothing to copy into
-        missing, unexpected = net.load_state_dict(load_file(folder / _WEIGHTS), strict=False, assign=True)
-    except (SafetensorError, RuntimeError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise DataError(f"{folder / _WEIGHTS}: {reason}; take the folder again from where it came") from None
-    if wrong := missing + unexpected:
-        raise DataError(
-            f"{folder / _WEIGHTS}: {len(missing)} weights are missing and {len(unexpected)} unknown, first {wrong[0]}; "
-            "take the folder again from where it came"
-        )
+    fill_weights(net, folder / WEIGHTS)
     return net
 
 
-def _scaled(raw: Tensor, centre: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and logarithm of the scale from raw (b, 2, ...): means, then log-scales.
+def fill_weights(net: DrivingNet, path: Path) -> None:
+    """Put a file's weights into a net that may have none.
 
-    The bound is smooth, so that no scale gets stuck at it, and below e^11, where openpilot's parser clips.
+    Raises:
+        DataError: they are not those of the net.
     """
-    log_spreads = _MAX_LOG_SPREADS * torch.tanh(raw[:, 1] / _MAX_LOG_SPREADS)
-    return centre + spread * raw[:, 0], torch.log(spread) + log_spreads
+    try:
+        # assigned, since there may be nothing to copy into
+        missing, unexpected = net.load_state_dict(load_file(path), strict=False, assign=True)
+    except (SafetensorError, RuntimeError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise DataError(f"{path}: {reason}; take the folder again from where it came") from None
+    if wrong := missing + unexpected:
+        raise DataError(
+            f"{path}: {len(missing)} weights are missing and {len(unexpected)} unknown, first {wrong[0]}; "
+            "take the folder again from where it came"
+        )
 
 
-def _plan_units(like: Tensor) -> tuple[Tensor, Tensor]:
+def plan_units(like: Tensor) -> tuple[Tensor, Tensor]:
     """Return centre and spread (33, 2) of a plan's x and y at T_IDXS_S, in m.
 
     Forward x = v t with speeds of 10 +- 10 m/s. Sideways y = a t^2 / 2 with accelerations of 0 +- 1 m/s^2, which is
@@ -320,6 +360,15 @@ def _plan_units(like: Tensor) -> tuple[Tensor, Tensor]:
     time_s = like.new_tensor(T_IDXS_S.tolist())
     centre = torch.stack([10 * time_s, 0 * time_s], dim=1)
     return centre, torch.stack([1 + 10 * time_s, 0.25 + time_s**2 / 2], dim=1)
+
+
+def _scaled(raw: Tensor, centre: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and logarithm of the scale from raw (b, 2, ...): means, then log-scales.
+
+    The bound is smooth, so that no scale gets stuck at it, and below e^11, where openpilot's parser clips.
+    """
+    log_spreads = _MAX_LOG_SPREADS * torch.tanh(raw[:, 1] / _MAX_LOG_SPREADS)
+    return centre + spread * raw[:, 0], torch.log(spread) + log_spreads
 
 
 def _lines(raw: Tensor, count: int, gap_m: float, width_spread_m: float) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,9 @@ _DTYPES = {
 _ERROR_SEVERITY = 3  # ONNX Runtime's own warnings go to stderr past every console; an error is ours to word
 
 
+_GPU_MEMORY = "cuda"  # ONNX Runtime's name for the memory of AMD's GPUs too
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """One input or output of a program."""
@@ -58,6 +61,38 @@ class OnnxSession:
         """Return the outputs in the program's order."""
         return list(self.session.run(None, dict(inputs)))
 
+    def bind(self, inputs: Mapping[str, npt.NDArray[Any]]) -> "BoundRun":
+        """Lay inputs where the provider computes, and let it leave the outputs there."""
+        memory = "cpu" if self.provider == "cpu" else _GPU_MEMORY
+        value_of, binding = _onnxruntime().OrtValue.ortvalue_from_numpy, self.session.io_binding()
+        for name, array in inputs.items():
+            binding.bind_ortvalue_input(name, value_of(array, memory, 0))
+        for name in self.outputs:
+            binding.bind_output(name, memory, 0)
+        return BoundRun(self.session, binding)
+
+
+@dataclass(frozen=True)
+class BoundRun:
+    """A program whose inputs and outputs stay in the memory of what computes it."""
+
+    session: Any  # onnxruntime.InferenceSession
+    binding: Any  # onnxruntime.IOBinding
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Return where the outputs of the last run lie, by ONNX Runtime's names of devices."""
+        return tuple(dict.fromkeys(value.device_name() for value in self.binding.get_outputs()))
+
+    def run(self) -> None:
+        """Compute, and return when it is done."""
+        self.session.run_with_iobinding(self.binding)
+        self.binding.synchronize_outputs()
+
+    def outputs(self) -> list[npt.NDArray[Any]]:
+        """Copy the outputs of the last run to the host, in the program's order."""
+        return list(self.binding.copy_outputs_to_cpu())
+
 
 def open_session(path: Path, providers: str = AUTO, *, threads: int = 0) -> OnnxSession:
     """Load an ONNX program.
@@ -74,7 +109,7 @@ def open_session(path: Path, providers: str = AUTO, *, threads: int = 0) -> Onnx
     """
     runtime = _onnxruntime()
     if not path.is_file():
-        raise UsageError(f"{path}: no such file; expected an ONNX program")
+        raise _no_file(path)
     if providers != AUTO:
         return _open(runtime, path, providers, threads)
     failures: list[str] = []
@@ -84,6 +119,46 @@ def open_session(path: Path, providers: str = AUTO, *, threads: int = 0) -> Onnx
         except OmniError as error:  # it is here and does not start: the CPU does the work, and the user is told why
             failures.append(str(error))
     return replace(_open(runtime, path, "cpu", threads), note="; ".join(failures))
+
+
+def open_on_each(
+    path: Path, providers: Sequence[str], *, threads: int = 0
+) -> tuple[dict[str, OnnxSession], tuple[str, ...]]:
+    """Load an ONNX program once on each of several providers.
+
+    Args:
+        path: the .onnx file.
+        providers: keys of PROVIDERS.
+        threads: see `open_session`.
+
+    Returns:
+        The sessions by provider, and why each of the other providers does not run it.
+
+    Raises:
+        UsageError: ONNX Runtime is not installed, or there is no such file.
+        DataError: the file is no ONNX program.
+    """
+    if not path.is_file():
+        raise _no_file(path)
+    sessions: dict[str, OnnxSession] = {}
+    failures: list[str] = []
+    for name in providers:
+        try:
+            sessions[name] = open_session(path, name, threads=threads)
+        except DataError:
+            raise
+        except OmniError as error:
+            failures.append(str(error))
+    return sessions, tuple(failures)
+
+
+def available() -> list[str]:
+    """Return the keys of PROVIDERS that this ONNX Runtime was built with; whether they start is another question.
+
+    Raises:
+        UsageError: ONNX Runtime is not installed.
+    """
+    return _available(_onnxruntime())
 
 
 def check_provider(asked: str, running: Sequence[str], path: Path) -> None:
@@ -131,6 +206,10 @@ def _load(runtime: Any, path: Path, asked: str, threads: int) -> Any:
         raise refused(
             f"{path}: ONNX Runtime cannot load it on {asked}: {why[:200]}; expected an ONNX program"
         ) from None
+
+
+def _no_file(path: Path) -> UsageError:
+    return UsageError(f"{path}: no such file; expected an ONNX program")
 
 
 def _onnxruntime() -> Any:

@@ -56,6 +56,7 @@ __all__ = [
     "Sampled",
     "SplitSettings",
     "Stroke",
+    "Taught",
     "Tokenized",
     "TrainSettings",
     "Trainable",
@@ -214,6 +215,8 @@ class Mergeable(Trainable, Protocol):
 class Inferable(Sampled, Trainable, Evaluable, Protocol):
     """What `infer` asks of a recipe."""
 
+    instead_of_mosaics: str  # what it is asked about where a ready mosaic would tell it nothing; empty where it would
+
     def load_base_to_ask(self, preprocess: Preprocess) -> tuple[BuiltModel, str]:
         """Return the base model as it is, and what that means for its answers."""
 
@@ -286,6 +289,18 @@ class Benchable(Inferable, Protocol):
 
     def sample_units(self, dataset: WindowDataset) -> Mapping[str, float]:
         """Return how much one sample is in the mean, by unit."""
+
+
+@runtime_checkable
+class Taught(Protocol):
+    """A recipe that may learn from another model's programs, which `bench` measures beside what has learned."""
+
+    def teacher_files(self) -> tuple[Path, ...]:
+        """Return the teacher's ONNX files.
+
+        Raises:
+            UsageError: the teacher is no program, or its files are not named or not there; the message says which.
+        """
 
 
 R = TypeVar("R")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from omni_cli import files
-from omni_cli.errors import OmniError
+from omni_cli.errors import OmniError, UsageError
 from omni_cli.recipe import Asked, BuiltModel, Inferable, Prediction, require
 from omni_cli.report import Console
 from omni_cli.samples import views
@@ -89,6 +89,8 @@ def infer(recipe: Any, subject: Subject, request: InferRequest, console: Console
         DataError: the only clip cannot be read, or gives the model less than it was trained on.
     """
     inferable: Inferable = require(recipe, Inferable)  # type: ignore[type-abstract]  # a protocol names the capability
+    if request.tiled and inferable.instead_of_mosaics:
+        raise UsageError(f"--tiled: recipe {recipe.name} takes no mosaics; give it {inferable.instead_of_mosaics}")
     clips = find_clips(subject.preprocess, request.clips, request.cameras or {}, request.data, tiled=request.tiled)
     asker = Asker(inferable, _load(inferable, subject, request, console), subject.preprocess, request, console)
     done, failures = [], {}

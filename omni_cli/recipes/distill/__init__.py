@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from omni_cli.config import Settings
 from omni_cli.formats.physical_ai_av import expand_cameras
-from omni_cli.models import adapters, driving_losses, driving_net, families, qwen_vl
+from omni_cli.models import adapters, backbones, driving_losses, driving_net, families, qwen_vl
 from omni_cli.recipe import (
     Batch,
     BuiltModel,
@@ -32,7 +32,7 @@ from omni_cli.recipe import (
 from omni_cli.recipes.distill import answers, drawing, exporting, rows
 from omni_cli.recipes.distill.sampling import driving_preprocess, questions
 from omni_cli.recipes.distill.settings import DistillSample, DistillTrain, DistillTune
-from omni_cli.recipes.distill.teaching import labeller, teacher_notes
+from omni_cli.recipes.distill.teaching import labeller, program_files, teacher_notes
 from omni_cli.samples.dataset import WindowDataset
 from omni_cli.samples.driving_windows import StepFilters, driving_tables
 from omni_cli.samples.model_steps import ModelFramePreprocess
@@ -52,6 +52,7 @@ class Distill(Settings):
 
     name: ClassVar[str] = "distill"
     export_formats: ClassVar[tuple[str, ...]] = ("onnx",)
+    instead_of_mosaics: ClassVar[str] = "the id of a recording, whose calibrated cameras it warps each by itself"
 
     model: str = "microsoft/resnet-18"  # a vision backbone (hub id, folder, or tiny:FAMILY), or a student's folder
     hypotheses: int = 5  # paths that the policy states
@@ -138,10 +139,12 @@ class Distill(Settings):
         return BuiltModel(adapters.load(net, folder, self._adapter(net)).eval(), None)
 
     def base_fingerprint(self) -> str:
-        """Return a hash of a folder's weights, a hub model's name, or a tiny backbone's seed."""
+        """Return a hash of a folder's weights or programs, a hub model's name, or a tiny backbone's seed."""
         shape = f"{self.hypotheses} hypotheses, hidden {self.hidden}, seed {self.train.seed}"
         if families.is_tiny(self.model):
             return f"{self.model}, {shape}"
+        if driving_net.has_programs(Path(self.model)):
+            return driving_net.programs_fingerprint(Path(self.model))
         found = qwen_vl.weights_fingerprint(self.model)
         return found if self._is_student else f"{found}, {shape}"
 
@@ -282,6 +285,16 @@ class Distill(Settings):
         """Return the steps of a sample."""
         return {"steps": float(dataset.preprocess.num_frames - 1)}
 
+    # -- Taught
+
+    def teacher_files(self) -> tuple[Path, ...]:
+        """Return the teacher's ONNX files.
+
+        Raises:
+            UsageError: the teacher is no program, or its files are not named or not there.
+        """
+        return program_files(self.sample.teacher)
+
     # -- inside
 
     @property
@@ -323,7 +336,7 @@ class Distill(Settings):
     def _empty(self) -> driving_net.DrivingNet:
         if self._is_student:
             return driving_net.load_net(Path(self.model))
-        config = driving_net.driving_net_config(self.model, num_hypotheses=self.hypotheses, hidden=self.hidden)
+        config = driving_net.DrivingNetConfig(backbones.planned_config(self.model), self.hypotheses, self.hidden)
         return driving_net.empty_net(config)
 
     def _unroll(self, model: nn.Module, batch: Batch) -> tuple[driving_net.VisionOutputs, driving_net.Plans]:

@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from omni_cli.errors import OmniError
+from omni_cli.errors import OmniError, UsageError
 from omni_cli.formats.driving_model import POLICY_INPUTS, VISION_INPUTS
 from omni_cli.models import adapters, driving_export
 from omni_cli.models.driving_export import POLICY_NAME, VISION_NAME, PolicyContract, VisionContract
@@ -28,8 +28,17 @@ def whole(model: nn.Module) -> DrivingNet:
 
 
 def programs(net: DrivingNet, batches: Sequence[int], checkpoint: str) -> list[Program]:
-    """Return both programs, for a fixed batch or, of several, for any."""
+    """Return both programs, for a fixed batch or, of several, for any.
+
+    Raises:
+        UsageError: there are several, and the student can be traced for one only.
+    """
     batch = batches[0] if len(batches) == 1 else None
+    if batch is None and not net.takes_any_batch:
+        raise UsageError(
+            f"--batch {batches[0]}-{batches[-1]}: this student was imported from ONNX programs of a fixed batch, and "
+            f"is exported for one number of steps; give one, such as --batch {batches[0]}, and export again for others"
+        )
     vision, policy = VisionContract(net.vision), PolicyContract(net.policy)
     looks = driving_export.example_inputs(VISION_INPUTS, batch or 2, _SEED)
     plans = driving_export.example_inputs(POLICY_INPUTS, batch or 2, _SEED)
