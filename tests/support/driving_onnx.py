@@ -67,6 +67,7 @@ class Graph:
     float_type: int = TensorProto.FLOAT
     picture_type: int = TensorProto.UINT8
     contrast: float = 1 / 32  # how strongly it reacts to the brightness of pixels
+    memory: float = 0.93  # how much less a step weighs than the one after it
     nodes: list = field(default_factory=list)
     constants: list = field(default_factory=list)
     inputs: dict[str, tuple] = field(default_factory=dict)
@@ -187,7 +188,7 @@ def _vision(graph: Graph, features: str, slices: Mapping[str, slice], padding: i
 
 def _knobs(graph: Graph, history: str, others: list[str], count: int) -> str:
     """Return (b, 4) in (-1, 1) from features (b, 25, 512), the newest weighing most, and the other inputs."""
-    weight = 0.93 ** np.arange(24, -1, -1, dtype=np.float32)[:, None]
+    weight = graph.memory ** np.arange(24, -1, -1, dtype=np.float32)[:, None]
     moods = graph.op("Tanh", graph.linear(history, FEATURE_LEN, _MOODS, scale=2.0))
     weighted = graph.op("Mul", moods, graph.constant(weight / weight.sum()))
     summed = graph.op("ReduceSum", weighted, graph.constant(np.array([1])), keepdims=0)
@@ -268,7 +269,7 @@ def write_2026_02(folder: Path, **options) -> list[Path]:
 
 def write_supercombo(path: Path, slices: Mapping[str, slice], *, padding, names, desire, others, **options) -> Path:
     """One graph that is told the features of the 24 steps before this one."""
-    graph = Graph(5, **options)
+    graph = Graph(options.pop("seed", 5), **options)
     features = _features(graph, names)
     extra = [_over_time(graph, desire, 8), graph.take("traffic_convention", 2)]
     extra += [_over_time(graph, name, 1) if name == "prev_desired_curv" else graph.take(name, 2) for name in others]
