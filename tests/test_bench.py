@@ -1,5 +1,6 @@
 """`omni bench`: on what it measures, that its parts add up, and that nothing of it is left behind."""
 
+import itertools
 import tempfile
 
 import pytest
@@ -9,6 +10,7 @@ from omni_cli.report import Console
 from omni_cli.samples.dataset import ALL, WindowDataset
 from omni_cli.samples.shards import open_shards
 from omni_cli.stages.bench import PARTS, BenchRequest, bench
+from omni_cli.stages.bench.latency import ROUNDS
 from omni_cli.stages.bench.steps import Cycled
 from omni_cli.stages.bench.timing import Line, Timing, measure
 from omni_cli.stages.etl import ensure_sidecar
@@ -38,10 +40,16 @@ def test_with_a_users_own_data_and_run_every_part_is_measured_on_them(made):
     assert str(made.data / "raw" / "synthetic") in parts["etl"]["on"]
     assert str(made.data / "shards" / "run") in parts["loader"]["on"]
     assert parts["infer"]["on"].startswith(f"run {made.run.folder}")
-    assert set(parts["export"]["lines"]) == {"vision-b1, torch eager", "vision-b1, ONNX Runtime"}
+    ways = itertools.product(("torch cpu", "ONNX cpu"), ("host to host", "device only (cpu, the host)"))
+    assert set(parts["export"]["lines"]) == {f"model vision: {runner} b1, {path}" for runner, path in ways}
+    assert parts["export"]["teacher"] == "no teacher is measured: recipe vlm learns from no other model"
     assert (result["device"], result["threads"]) != ("", 0)
     lines = [line for part in parts.values() for line in part["lines"].values()]
-    assert all(0 < line["min_s"] <= line["median_s"] <= line["max_s"] and line["repeats"] == 2 for line in lines)
+    assert all(0 < line["min_s"] <= line["median_s"] <= line["max_s"] for line in lines)
+    assert {name: {line["repeats"] for line in part["lines"].values()} for name, part in parts.items()} == {
+        **{name: {2} for name in PARTS},
+        "export": {2 * ROUNDS},
+    }
     assert all(ratio > 0 for part in parts.values() for ratio in part["ratios"].values())
 
 
@@ -64,6 +72,16 @@ def test_data_of_other_cameras_are_not_measured_on(made, capsys):
     assert f"the newest shards, {made.data / 'shards' / 'run'}, do not fit this profile" in said
     assert "lacks a recording with this profile's cameras: measuring on a synthetic drive" in said
     assert str(made.data) not in result["parts"]["loader"]["on"]
+
+
+def test_a_recording_takes_as_long_as_its_parts(made):
+    part = bench(made.recipe, ask(made, "etl", repeats=1), QUIET)["parts"]["etl"]
+    seconds = {name: line["median_s"] for name, line in part["lines"].items()}
+    parts = ("open it, read its log", "decode, resize and cut", "write and hash")
+    assert seconds["a recording"] == pytest.approx(sum(seconds[name] for name in parts))
+    assert sum(part["ratios"][f"{name} / a recording, in time"] for name in parts) == pytest.approx(1)
+    rates = part["lines"]["a recording"]["per_second"]
+    assert rates["s of driving"] * seconds["a recording"] == pytest.approx(2.5, abs=0.2)
 
 
 def test_the_phases_of_a_step_add_up_to_it(made):

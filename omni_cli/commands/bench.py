@@ -1,5 +1,6 @@
 """`omni bench`."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,6 +20,13 @@ def command(
     sets: Sets = None,
     recipe: Annotated[str, typer.Option(metavar="NAME", help="What would be learned.")] = "vlm",
     repeats: Annotated[int, typer.Option(min=1, help="How often each piece of work is timed.")] = 5,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILES",
+            help="Time these ONNX files, A.onnx,B.onnx, beside the export. [default: those of the settings]",
+        ),
+    ] = None,
     data: Data = DATA,
     runs: Runs = RUNS,
     json: Json = False,
@@ -27,13 +35,17 @@ def command(
     """Measure how fast each stage is on this machine.
 
     On the newest data, shards and run that fit the profile; where there are none, on a small synthetic drive. Timings
-    are synchronised, warmed up and repeated; what is compared runs in turn in one process.
+    are synchronised, warmed up and repeated; what is compared runs in turn in one process. `export` is latency: the run
+    in torch, its ONNX programs on every provider that ONNX Runtime has here, and its teacher's; by batch size, host to
+    host and device only.
     """
     from omni_cli.commands._compose import choose_profile, compose_recipe
+    from omni_cli.config import comma_list
     from omni_cli.report import Console
     from omni_cli.stages.bench import BenchRequest, bench
 
     console = Console(quiet=quiet, json_output=json)
     chosen = choose_profile(profile, console, dry_run=False)
     settings = compose_recipe(recipe, chosen, config=config, sets=sets).value
-    console.finish(bench(settings, BenchRequest(part, data, runs, chosen.name, repeats), console))
+    files = tuple(Path(name).expanduser() for name in comma_list(teacher or ""))
+    console.finish(bench(settings, BenchRequest(part, data, runs, chosen.name, repeats, files), console))

@@ -37,11 +37,21 @@ class Found:
 class Inputs:
     """Finds or makes what a part needs, when it needs it."""
 
-    def __init__(self, recipe: Any, data: Path, runs_folder: Path, work: Path, console: Console) -> None:
+    def __init__(
+        self,
+        recipe: Any,
+        data: Path,
+        runs_folder: Path,
+        work: Path,
+        *,
+        console: Console,
+        teacher: tuple[Path, ...] = (),
+    ) -> None:
         self.recipe = recipe
         self.preprocess: Preprocess = recipe.preprocess()
         self.work = work
         self.console = console
+        self.teacher = teacher  # ONNX files that the user named
         self._data, self._runs = data, runs_folder
 
     @cached_property

@@ -12,9 +12,10 @@ from omni_cli import telemetry
 from omni_cli.config import nearest
 from omni_cli.errors import UsageError
 from omni_cli.report import Console
-from omni_cli.stages.bench.answers import bench_export, bench_infer, find_export
+from omni_cli.stages.bench.answers import bench_infer
 from omni_cli.stages.bench.data import bench_etl, bench_loader
 from omni_cli.stages.bench.inputs import Inputs
+from omni_cli.stages.bench.latency import bench_export, find_export
 from omni_cli.stages.bench.steps import bench_train
 from omni_cli.stages.bench.timing import Line, Part
 
@@ -36,6 +37,7 @@ class BenchRequest:
     runs: Path
     profile: str
     repeats: int = 5
+    teacher: tuple[Path, ...] = ()  # its ONNX files, to be measured beside the run's; empty: those of the settings
 
 
 def bench(recipe: Any, request: BenchRequest, console: Console) -> dict[str, Any]:
@@ -47,11 +49,11 @@ def bench(recipe: Any, request: BenchRequest, console: Console) -> dict[str, Any
     if request.part is not None and request.part not in PARTS:
         raise UsageError(f"nothing to measure called {request.part!r}; {nearest(request.part, PARTS)}")
     with TemporaryDirectory(prefix="omni-bench-") as work:
-        inputs = Inputs(recipe, request.data, request.runs, Path(work), console)
+        inputs = Inputs(recipe, request.data, request.runs, Path(work), console=console, teacher=request.teacher)
         parts = [_measure(name, inputs, request.repeats) for name in _chosen(request, inputs, console)]
     device, threads = _device(), torch.get_num_threads()
-    title = f"{request.profile} on {device}, torch threads {threads}, median of {request.repeats}"
-    console.table(title, ("what", "median", "from .. to", "a second"), [row for part in parts for row in _rows(part)])
+    title = f"{request.profile} on {device}, torch threads {threads}, {request.repeats} repeats"
+    console.table(title, ("what", "p50", "p95", "p99", "a second"), [row for part in parts for row in _rows(part)])
     return {
         "profile": request.profile,
         "recipe": recipe.name,
@@ -84,16 +86,15 @@ def _device() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else telemetry.cpu_name()
 
 
-def _rows(part: Part) -> list[tuple[str, str, str, str]]:
-    ratios = [("  " + name, f"{ratio:.2f}x", "", "") for name, ratio in part.ratios.items()]
+def _rows(part: Part) -> list[tuple[str, ...]]:
+    ratios = [("  " + name, f"{ratio:.2f}x", "", "", "") for name, ratio in part.ratios.items()]
     return [*(_row(part.name, line) for line in part.lines), *ratios]
 
 
-def _row(part: str, line: Line) -> tuple[str, str, str, str]:
+def _row(part: str, line: Line) -> tuple[str, ...]:
     facts = line.timing.facts()
     rates = ", ".join(f"{rate:,.1f} {unit}" for unit, rate in line.rates().items())
-    spread = f"{_short(facts['min_s'])} .. {_short(facts['max_s'])}"
-    return f"{part}: {line.what}", _short(facts["median_s"]), spread, rates
+    return f"{part}: {line.what}", *(_short(facts[name]) for name in ("median_s", "p95_s", "p99_s")), rates
 
 
 def _short(seconds: float) -> str:

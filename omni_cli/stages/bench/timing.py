@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,7 @@ class Line:
     what: str
     timing: Timing
     amounts: Mapping[str, float] = field(default_factory=dict)  # unit -> how many in one go
+    notes: Mapping[str, Any] = field(default_factory=dict)  # what else a report tells
 
     def rates(self) -> dict[str, float]:
         """Return how many of each unit a second, at the median."""
@@ -42,7 +43,7 @@ class Line:
 
     def facts(self) -> dict[str, Any]:
         """Return the line for a report."""
-        return {**self.timing.facts(), "per_second": self.rates()}
+        return {**self.timing.facts(), "per_second": self.rates(), **self.notes}
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,20 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def measure(work: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Timing]:
+def summed(timings: Sequence[Timing]) -> Timing:
+    """Return how long pieces of work that were measured in turn take one after the other, round by round."""
+    return Timing(tuple(map(sum, zip(*(timing.seconds for timing in timings), strict=True))))
+
+
+def measure(work: Mapping[str, Callable[[], object]], repeats: int, warmups: int = 1) -> dict[str, Timing]:
     """Time several pieces of work in turn, so that what else the machine does falls on all of them alike.
 
     Args:
-        work: by name; each runs once before it counts.
+        work: by name.
         repeats: how often each is timed.
+        warmups: how often each runs before it counts.
     """
-    for function in work.values():
+    for function in [*work.values()] * warmups:
         function()
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(repeats):
