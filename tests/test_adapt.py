@@ -9,7 +9,7 @@ from omni_cli.formats.physical_ai_av import CAMERA_SETS
 from omni_cli.recipes.vlm import Vlm
 from omni_cli.recipes.vlm.settings import VlmSample, VlmTrain, VlmTune
 from omni_cli.stages import runs
-from omni_cli.stages.demo import DRIVES, SAMPLE
+from omni_cli.stages.demo.seeing import DRIVES, SAMPLE
 from omni_cli.stages.etl import EtlRequest, etl
 from omni_cli.stages.evaluate import EvalRequest, evaluate
 from omni_cli.stages.fetch import FetchRequest, fetch

@@ -10,12 +10,15 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
 from omni_cli.__main__ import run
 from omni_cli.commands import VERBS
+from omni_cli.stages.demo import driving
 from tests.support.drives import write_video
 
 TINY = """
@@ -73,6 +76,27 @@ def result_of_the_example(verb, folder, monkeypatch, capsys):
     result = json.loads(captured.out)  # stdout holds one document and nothing else
     assert result["schema_version"] == 1
     return result, captured.err
+
+
+def test_the_demo_of_a_driving_student_goes_the_whole_way(folder, monkeypatch, capsys):
+    """With small pictures of short drives; `make storm` runs it as it is."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(driving, "DRIVES", replace(driving.DRIVES, seconds=3.0, width_px=96, height_px=54))
+    code = run(["demo", "--recipe", "distill", "--dir", "driving", "--chunks", "2", "--base-steps", "3", "--json"])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    result = json.loads(captured.out)
+    conditions = {one["name"] for one in result["student"]["conditions"]}
+    assert conditions == {
+        "model",
+        "pictures swapped",
+        "first frame repeated",
+        "constant velocity",
+        "constant curvature",
+    }
+    assert Path(result["student"]["report"]).is_file()
+    programs = {path.name for path in Path(result["exported"]["export"]).glob("*.onnx")}
+    assert programs == {"driving_vision.onnx", "driving_policy.onnx"}
 
 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "run"])
