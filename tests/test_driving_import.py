@@ -352,6 +352,31 @@ def test_a_wrong_translation_is_refused_with_its_number(tmp_path: Path) -> None:
     assert driving_import.parity(program, graphs[0], driving_import.VISION_INPUTS) > 1e-4
 
 
+def test_a_small_answer_does_not_hide_behind_a_large_one(tmp_path: Path) -> None:
+    """A score that is wrong by 0.05 is nothing beside a plan of a hundred metres."""
+    write_tiny(tmp_path)
+    graph = driving_import.open_graphs([tmp_path / name for name in driving_net.PROGRAMS], "cpu")[1]
+    program = driving_import.import_net(tmp_path).policy.program
+    place, forward = graph.slices["desire_state"], program.forward
+
+    def shifted(inputs):
+        said = forward(inputs).clone()
+        said[:, place.start] += 0.05
+        return said
+
+    assert driving_import.parity(program, graph, driving_import.POLICY_INPUTS) < 1e-5
+    program.forward = shifted
+    assert driving_import.parity(program, graph, driving_import.POLICY_INPUTS) > 1e-3
+
+
+def test_weights_in_another_file_are_refused(tmp_path: Path) -> None:
+    write_tiny(tmp_path)
+    path = tmp_path / "driving_policy.onnx"
+    onnx.save_model(onnx.load(path), path, save_as_external_data=True, location="weights.bin")
+    with pytest.raises(DataError, match=r"driving_policy\.onnx: \d+ of its weights lie in another file; expected"):
+        driving_net.load_net(tmp_path)
+
+
 def test_it_says_that_torch_and_onnx_runtime_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tiny(tmp_path)
     monkeypatch.setattr(driving_import, "_TOLERANCE", 0.0)

@@ -220,7 +220,7 @@ def _tiny_config(name: str) -> Any:
 
 
 def _published_config(name: str) -> Any:
-    if name.lower().endswith(".onnx") or any(Path(name).glob("*.onnx")):
+    if name.lower().endswith(".onnx") or (any(Path(name).glob("*.onnx")) and not Path(name, "config.json").is_file()):
         raise UsageError(
             f"backbone {name}: an ONNX program is no backbone; to adapt openpilot's own model give the folder that "
             "holds its driving_vision.onnx and driving_policy.onnx (v0.10.1 to v0.10.3)"

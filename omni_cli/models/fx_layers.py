@@ -57,6 +57,8 @@ def _convolution(module: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     arguments: tuple[Any, ...] = node.args
     _, weight_node, bias_node, strides, dilations, groups, pads, auto_pad, _ = arguments
     weight, pads = _weight(module, weight_node), list(pads or (0, 0, 0, 0))
+    if bias_node is not None and _constant(module, bias_node) is None:
+        return None
     if weight is None or weight.ndim != 4 or auto_pad != "NOTSET" or pads[:2] != pads[2:]:
         return None
     layer = nn.Conv2d(

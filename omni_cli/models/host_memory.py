@@ -12,9 +12,10 @@ def keep_freed_blocks() -> None:
 
     glibc maps every block of more than 32 MB anew, and each of its pages is cleared when it is first written: up to
     half of the time of a training step of the `distill` recipe (measured). A process keeps its peak instead, some 25 %
-    more than that peak was. Nothing happens where the C library is another.
+    more than that peak was. Nothing happens where the C library is another, or old.
     """
     if platform.libc_ver()[0] == "glibc":
         library = ctypes.CDLL(None)
-        library.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
-        library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        # An old one refuses so large a threshold; the second call would then keep the first at 128 KB.
+        if library.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES):
+            library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

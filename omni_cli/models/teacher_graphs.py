@@ -4,9 +4,12 @@ The generation is read from the names and shapes of the inputs, never from a fil
 openpilot `selfdrive/modeld` from e442425c9 (2024-10) to v0.10.3, and its models of 2026.
 """
 
+import importlib
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from omni_cli.errors import DataError
 from omni_cli.formats.driving_model import (
@@ -72,10 +75,29 @@ def open_graphs(paths: Sequence[Path], providers: str = AUTO, *, threads: int = 
         OmniError: see `open_session`.
     """
     graphs = [_graph(open_session(path, providers, threads=threads)) for path in paths]
+    for path in paths:
+        _check_is_one_file(path)
     # The off-policy says lanes and leads; a plan is the on-policy's, which therefore comes last.
     graphs.sort(key=lambda graph: (graph.role != "vision", "lane_lines" not in graph.slices))
     _check_set(graphs)
     return tuple(graphs)
+
+
+def _check_is_one_file(path: Path) -> None:
+    """Refuse a program whose weights lie in another file: a model is known, and copied, by what its own files hold.
+
+    Raises:
+        DataError: they do.
+    """
+    if importlib.util.find_spec("onnx") is None:
+        return
+    onnx: Any = importlib.import_module("onnx")
+    tensors = onnx.load(str(path), load_external_data=False).graph.initializer
+    if apart := [one.name for one in tensors if one.data_location == onnx.TensorProto.EXTERNAL]:
+        raise DataError(
+            f"{path}: {len(apart)} of its weights lie in another file; expected a program in one: "
+            "write it again with onnx.save_model(onnx.load(FILE), FILE)"
+        )
 
 
 def sidecar_of(path: Path) -> Path:

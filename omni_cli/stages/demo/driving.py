@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
+from omni_cli.errors import UsageError
 from omni_cli.formats.physical_ai_av import CAMERA_SETS
 from omni_cli.report import Console
 from omni_cli.stages import runs
@@ -52,7 +53,12 @@ def driving_demo(make_recipe: RecipeMaker, request: DemoRequest, console: Consol
         make_recipe: makes a recipe of the demo's profile with some settings laid over it.
         request: the folder and the size.
         console: tells the story.
+
+    Raises:
+        UsageError: something is asked for that it has not.
     """
+    if request.base != "tiny" or request.adapter_steps is not None:
+        raise UsageError("--base and --adapter-steps: this demo has no adapter; leave them out")
     started = time.monotonic()
     story, recipe = Story(console, _STEPS), make_recipe(student_settings(request))
     drives = Drives(
