@@ -1,4 +1,4 @@
-"""How the C library hands out large blocks of the host's memory, which a step on a CPU asks for by the hundred."""
+"""How the C library hands out large blocks of the host's memory: for a step on a CPU, for the pictures of a drive."""
 
 import ctypes
 import platform
@@ -8,10 +8,10 @@ _LARGE_BYTES = 2**30
 
 
 def keep_freed_blocks() -> None:
-    """Keep what is freed for the next step, instead of giving it back and having the kernel clear it again.
+    """Keep what is freed for what comes next, instead of giving it back and having the kernel clear it again.
 
     glibc maps every block of more than 32 MB anew, and each of its pages is cleared when it is first written: up to
-    half of the time of a training step of the `distill` recipe (measured). A process keeps its peak instead, some 25 %
+    half of the time of a training step of the `distill` recipe, and a third of that of its etl (measured). A process keeps its peak instead, some 25 %
     more than that peak was. Nothing happens where the C library is another, or old.
     """
     if platform.libc_ver()[0] == "glibc":

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from omni_cli.formats.video import decode_only
+from omni_cli.models.host_memory import keep_freed_blocks
 from omni_cli.recipe import Batch
 from omni_cli.samples.dataset import ALL, WindowDataset
 from omni_cli.samples.shards import write_recording
@@ -33,6 +34,7 @@ def bench_etl(inputs: Inputs, repeats: int) -> Part:
     def decode() -> int:
         return sum(decode_only(video.read(), name) for name, video in videos)
 
+    keep_freed_blocks()  # as etl does
     tables, frames = make(), decode()
     parts: dict[str, Callable[[], object]] = {
         _OPEN: partial(reader.open, recording.id, preprocess.cameras),

@@ -12,6 +12,7 @@ from scipy.spatial.transform import Rotation
 
 from omni_cli.errors import DataError, OmniError
 from omni_cli.files import hash_json, read_json, receipt_path, remove_leftovers, write_json
+from omni_cli.models.host_memory import keep_freed_blocks
 from omni_cli.samples.preprocess import Preprocess
 from omni_cli.samples.shards import (
     finished_recording,
@@ -42,6 +43,7 @@ class UnitResult:
 def run_unit(job: Job, unit: Unit) -> UnitResult:
     """Make one recording's shard, unless it is there already."""
     folder = recording_folder(job.out, unit.recording_id)
+    keep_freed_blocks()
     try:
         if folder.is_dir():
             remove_leftovers(folder)
