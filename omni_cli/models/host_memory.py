@@ -11,8 +11,8 @@ def keep_freed_blocks() -> None:
     """Keep what is freed for what comes next, instead of giving it back and having the kernel clear it again.
 
     glibc maps every block of more than 32 MB anew, and each of its pages is cleared when it is first written: up to
-    half of the time of a training step of the `distill` recipe, and a third of that of its etl (measured). A process keeps its peak instead, some 25 %
-    more than that peak was. Nothing happens where the C library is another, or old.
+    half of the time of a training step of the `distill` recipe, and a third of that of its etl (measured). A process
+    keeps its peak instead, some 25 % more than that peak was. Nothing happens where the C library is another, or old.
     """
     if platform.libc_ver()[0] == "glibc":
         library = ctypes.CDLL(None)
