@@ -63,7 +63,7 @@ def test_no_phase_shows_more_of_the_logged_frames(gaps_ms, start_ms, max_age_us,
     }
     assert 0 <= chosen_us < PERIOD_US
     from_0 = frames_shown(frame_us, 0, max_age_us)
-    if chosen_us or not from_0 or not from_0 <= set(logged):
+    if chosen_us or 2 * len(from_0 & set(logged)) <= len(from_0):  # else the grid stays where all others lie
         assert hits[chosen_us] == max(hits.values())
         assert (hits[0] == hits[chosen_us]) == (chosen_us == 0)
 
@@ -78,6 +78,12 @@ def test_the_phase_lies_amid_the_time_that_frames_are_shown():
 def test_a_log_that_holds_every_frame_leaves_the_grid_where_all_others_lie(count):
     frame_us = np.arange(count) * 50_000 + 12_000
     assert phase_of(frame_us, np.arange(count)) == 0
+
+
+@pytest.mark.parametrize("lost", [[601], [600], range(593, 600), range(0, 400)])
+def test_a_log_that_lost_some_words_leaves_it_too(lost):
+    frame_us = np.arange(1200) * 50_000 + 12_000
+    assert phase_of(frame_us, np.setdiff1d(np.arange(1200), lost)) == 0
 
 
 def test_frames_that_no_video_shows_choose_nothing():

@@ -21,6 +21,7 @@ from omni_cli.scene.recording import Recording
 Float32Array = npt.NDArray[np.float32]
 
 MOTION, LOG = "motion", "log"
+_MOST = 0.5  # of a grid's frames: a whole log has nearly all, a short one a fortieth
 _SAME_FRAME_US = 1_000  # a log writes a frame's time in nanoseconds, a container in 1/90 ms
 _FIX_LASTS_US = 2_500_000  # short logs keep one word of the receiver a second: two are missed
 _STEP_US = 200_000
@@ -102,8 +103,8 @@ def logged_phase_us(recording: Recording, frame_us: Int64Array, *, period_us: in
     """Return the phase of the time grid that looks at most of the frames of which the car's own model was logged.
 
     A short log (qlog) keeps one word of the model in 40, always of the same frame of four, and three phases of four
-    pass them all by. A frame is looked at from its own time until the next one's. Where a grid that begins at 0 looks
-    at such frames alone, as of a whole log (rlog), it stays, and looks where it does for every other teacher.
+    pass them all by. A frame is looked at from its own time until the next one's. Where most of what a grid that begins
+    at 0 looks at was logged, as in a whole log (rlog), it stays, and looks where it does for every other teacher.
 
     Args:
         recording: with what its model said.
@@ -121,7 +122,7 @@ def logged_phase_us(recording: Recording, frame_us: Int64Array, *, period_us: in
     shown_us = np.minimum(np.diff(frame_us), min(period_us, max_age_us + 1))
     is_logged = np.isin(np.arange(len(begins_us)), frame)
     seen_from_0 = is_logged[-begins_us % period_us < shown_us]
-    if len(seen_from_0) and seen_from_0.all():
+    if len(seen_from_0) and seen_from_0.mean() > _MOST:
         return 0
     return _busiest_phase_us(begins_us[is_logged], shown_us[is_logged], period_us)
 
