@@ -209,6 +209,7 @@ def test_a_drive_is_what_onnx_runtime_and_the_parser_say(net: ImportedNet, pair:
     leads = np.concatenate([answer["lead"] for answer in looks])[:, :, 0]
     np.testing.assert_allclose(seen.lead.numpy(), leads, atol=allowed * max(1, np.abs(leads).max()))
     plan = np.concatenate([answer["plan"] for answer in paths])[..., :2]
+    plan -= plan[:, :1]  # where the camera is
     deviation = np.concatenate([answer["plan_std"] for answer in paths])[..., :2]
     assert plans.mean_m.shape == (2, 1, 33, 2)
     np.testing.assert_allclose(plans.mean_m[:, 0].numpy(), plan, atol=allowed * np.abs(plan).max())
@@ -250,7 +251,7 @@ def test_convolutions_and_products_are_layers(real: ImportedNet) -> None:
 @pytest.mark.parametrize("labelled", [(), HEADS, ("leads",)], ids=lambda names: "+".join(names) or "no scene")
 def test_only_what_labels_depend_on_learns(real: ImportedNet, labelled: tuple[str, ...]) -> None:
     """Pose, meta, desires and unlabelled heads are Gemms of their own here; a trunk learns through the plan."""
-    driving_net.freeze_heads(real, labelled)
+    real.freeze_heads(labelled)
     learns = {
         layer.out_features: layer.weight.requires_grad for layer in real.modules() if isinstance(layer, nn.Linear)
     }
@@ -265,7 +266,7 @@ def test_only_what_labels_depend_on_learns(real: ImportedNet, labelled: tuple[st
 
 @pytest.mark.parametrize("mode", ["lora", "dora"])
 def test_an_adapter_reaches_dense_layers_and_convolutions(net: ImportedNet, mode: str, request) -> None:
-    driving_net.freeze_heads(net, ())
+    net.freeze_heads(())
     before = everything(net)
     adapted = adapters.attach(net, make_spec(net, mode)).eval()
     sits_on = {type(module.get_base_layer()) for module in adapted.modules() if hasattr(module, "get_base_layer")}
@@ -316,7 +317,7 @@ def test_grouped_convolutions_are_left_out_by_name(real: ImportedNet) -> None:
 
 @pytest.mark.parametrize("mode", ["lora", "dora"])
 def test_merged_is_adapted_and_comes_back_from_disk(net: ImportedNet, mode: str, tmp_path: Path) -> None:
-    driving_net.freeze_heads(net, HEADS)
+    net.freeze_heads(HEADS)
     adapted = adapters.attach(net, make_spec(net, mode)).eval()
     shake(adapted)
     said = everything(adapted)
@@ -328,7 +329,7 @@ def test_merged_is_adapted_and_comes_back_from_disk(net: ImportedNet, mode: str,
 
 
 def test_full_tuning_learns(real: ImportedNet) -> None:
-    driving_net.freeze_heads(real, ())
+    real.freeze_heads(())
     optimiser = torch.optim.AdamW([weight for weight in real.parameters() if weight.requires_grad], lr=3e-3)
     losses = []
     for _ in range(12):

@@ -108,12 +108,16 @@ class ImportedPolicy(driving_net.PolicyNet):
         return torch.cat([features, desire_pulse.to(features.dtype)], dim=2)
 
     def decide(self, projected: Tensor, traffic_convention: Tensor) -> Plans:
-        """Return the plan from the steps in mind (b, 25, 520)."""
+        """Return the plan from the steps in mind (b, 25, 520), moved to begin at the camera as labels of teachers are.
+
+        openpilot's begin up to 1.5 m behind or before it (samples/step_labels.py, `from_the_camera`).
+        """
         features, desire_pulse = projected[..., :FEATURE_LEN], projected[..., FEATURE_LEN:]
         given = {"features_buffer": features, "desire_pulse": desire_pulse, "traffic_convention": traffic_convention}
         said = self.program(given).float()
         mean, log_scale = _laplace(said[:, self.slices["plan"]], "plan")
-        return Plans(mean[:, None, :, :2], log_scale[:, None, :, :2], said.new_zeros(said.shape[0], 1))
+        xy_m = mean[..., :2] - mean[:, :1, :2]
+        return Plans(xy_m[:, None], log_scale[:, None, :, :2], said.new_zeros(said.shape[0], 1))
 
 
 class ImportedNet(DrivingNet):
