@@ -62,10 +62,8 @@ def _read_made(folder: Path, spec: SyntheticSpec) -> dict[int, list[str]]:
     if not path.is_file():
         return {}
     record = files.read_json(path)
-    wanted, held = (
-        _facts(spec),
-        _facts(SyntheticSpec()) | record["spec"],
-    )  # older records lack what was not yet an option
+    wanted = _facts(spec)
+    held = _facts(SyntheticSpec()) | record["spec"]  # an older record lacks what was not yet an option
     differing = [key for key in sorted(wanted.keys() | held.keys()) if wanted.get(key) != held.get(key)]
     if differing:
         differences = "; ".join(f"{key}: {held.get(key)} there, {wanted.get(key)} asked for" for key in differing)
