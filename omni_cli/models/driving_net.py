@@ -40,6 +40,7 @@ HEADS = ("lane_lines", "road_edges", "leads")  # of the vision net; each learns 
 NUM_LINES, NUM_EDGES, NUM_LEADS = 4, 2, 3
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 PROGRAMS = ("driving_vision.onnx", "driving_policy.onnx")  # as openpilot and `omni export` name them
+FIRST_WEIGHTS = "first weights 2"  # how a seed becomes weights; another way of drawing them is another base
 _KIND = "driving-net-1"
 _MAX_LOG_SPREADS = 5.0
 _MAP_NUMBERS = 1024  # what of a feature map reaches the features: all its cells, in few channels

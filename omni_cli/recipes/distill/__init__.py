@@ -142,11 +142,11 @@ class Distill(Settings):
         """Return a hash of a folder's weights or programs, a hub model's name, or a tiny backbone's seed."""
         shape = f"{self.hypotheses} hypotheses, hidden {self.hidden}, seed {self.train.seed}"
         if families.is_tiny(self.model):
-            return f"{self.model}, {shape}"
+            return f"{self.model}, {shape}, {driving_net.FIRST_WEIGHTS}"
         if driving_net.has_programs(Path(self.model)):
             return driving_net.programs_fingerprint(Path(self.model))
         found = qwen_vl.weights_fingerprint(self.model)
-        return found if self._is_student else f"{found}, {shape}"
+        return found if self._is_student else f"{found}, {shape}, {driving_net.FIRST_WEIGHTS}"
 
     # -- Evaluable
 
