@@ -97,7 +97,7 @@ def test_merged_is_adapted(family: str, mode: str, tmp_path: Path) -> None:
 def test_an_adapter_is_what_was_asked_for(family: str, mode: str) -> None:
     """Hits and count from the plain net's shapes; after a step every part of it has a gradient, and nothing else."""
     net = make_net(family)
-    driving_net.freeze_heads(net, ())
+    net.freeze_heads(())
     spec = make_spec(net, mode)
     expected = 0
     for name, weight in net.named_parameters():

@@ -177,10 +177,10 @@ def test_a_tiny_net_learns_with_every_weight(family: str) -> None:
 
 def test_heads_without_labels_are_frozen() -> None:
     net = make_net("dinov2")
-    driving_net.freeze_heads(net, ("leads",))
+    net.freeze_heads(("leads",))
     frozen = {name for name, weight in net.named_parameters() if not weight.requires_grad}
     assert {name.rsplit(".", 2)[0] for name in frozen} == {"vision.heads.lane_lines", "vision.heads.road_edges"}
-    driving_net.freeze_heads(net, driving_net.HEADS)
+    net.freeze_heads(driving_net.HEADS)
     assert all(weight.requires_grad for weight in net.parameters())
 
 

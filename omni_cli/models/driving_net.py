@@ -284,11 +284,6 @@ def empty_net(config: DrivingNetConfig) -> DrivingNet:
         return DrivingNet(config)
 
 
-def freeze_heads(net: DrivingNet, labelled: Collection[str]) -> None:
-    """Let only those of the `HEADS` learn that have labels to learn from."""
-    net.freeze_heads(labelled)
-
-
 def save_net(net: DrivingNet, folder: Path) -> None:
     """Write weights and configuration into a folder."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -309,7 +309,7 @@ class Distill(Settings):
     def _labelled(self, net: driving_net.DrivingNet) -> driving_net.DrivingNet:
         """Freeze what the teacher does not tell of, or what weighs nothing."""
         learns = self._has_scene and self.train.scene_weight > 0
-        driving_net.freeze_heads(net, tuple(net.vision.heads) if learns else ())
+        net.freeze_heads(tuple(net.vision.heads) if learns else ())
         return net
 
     def _tuned(self, net: driving_net.DrivingNet) -> nn.Module:
