@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx2fx
 import onnxruntime
 import pytest
 import torch
@@ -229,6 +230,23 @@ def test_rows_do_not_mix(real: ImportedNet) -> None:
 def everything_of(net: nn.Module, inputs) -> list[torch.Tensor]:
     seen, plans = net(*inputs)
     return [*seen, *plans]
+
+
+def test_shapes_are_made_where_the_inputs_lie() -> None:
+    """A program for any number of steps computes with lengths: on a GPU they must not lie in the host's memory."""
+    nodes = [
+        helper.make_node("Shape", ["x"], ["shape"]),
+        helper.make_node("Gather", ["shape", "first"], ["length"]),
+        helper.make_node("Cast", ["length"], ["number"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["x", "number"], ["y"]),
+    ]
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", 3]) for name in "xy")
+    first = helper.make_tensor("first", TensorProto.INT64, [1], [0])
+    graph = helper.make_graph(nodes, "lengths", [x], [y], [first])
+    body = onnx2fx.convert(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10))
+    program = driving_import.ImportedProgram(body, ("x",), is_free=True)
+    assert program({"x": torch.ones(5, 3)}).tolist() == [[5.0] * 3] * 5
+    assert program.to("meta")({"x": torch.ones(5, 3, device="meta")}).device.type == "meta"
 
 
 def test_convolutions_and_products_are_layers(real: ImportedNet) -> None:

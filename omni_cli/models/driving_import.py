@@ -58,11 +58,12 @@ class ImportedProgram(nn.Module):
         if any(weight.dtype != torch.float32 for weight in self.body.parameters()):
             raise UsageError("--dtype: an imported program's constants are float32; leave it out")
         given = [inputs[name] for name in self.names]
-        if self.is_free or given[0].shape[0] == 1:
-            said: Tensor = self.body(*given)
-            return said
-        mapped: Tensor = torch.vmap(self._one, randomness="different")(*given)
-        return mapped
+        with given[0].device:  # where onnx2fx makes tensors of shapes, which index what lies there
+            if self.is_free or given[0].shape[0] == 1:
+                said: Tensor = self.body(*given)
+                return said
+            mapped: Tensor = torch.vmap(self._one, randomness="different")(*given)
+            return mapped
 
     def _one(self, *given: Tensor) -> Tensor:
         said: Tensor = self.body(*(tensor[None] for tensor in given))
