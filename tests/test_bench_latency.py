@@ -123,12 +123,36 @@ def test_files_that_cannot_be_a_teacher_are_one_line(made, teacher, tmp_path):
         part(made, teacher=(teacher[0], teacher[0]))
 
 
-def test_a_teacher_with_a_second_free_axis_is_refused(made, tmp_path):
-    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", "t"]) for name in ("x", "y")]
-    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", value[:1], value[1:])
-    path = tmp_path / "free.onnx"
+def write_relus(path, *shapes):
+    """A program that takes arrays of these shapes, and gives each of them back."""
+    names = [(f"x{number}", f"y{number}") for number in range(len(shapes))]
+    nodes = [helper.make_node("Relu", [taken], [given]) for taken, given in names]
+    taken, given = (
+        [
+            helper.make_tensor_value_info(pair[side], TensorProto.FLOAT, shape)
+            for pair, shape in zip(names, shapes, strict=True)
+        ]
+        for side in (0, 1)
+    )
+    graph = helper.make_graph(nodes, "g", taken, given)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
-    with pytest.raises(DataError, match=r"'x' is \[None, None\]; only its first axis may have any length"):
+    return path
+
+
+def test_a_teacher_with_a_second_free_axis_is_refused(made, tmp_path):
+    path = write_relus(tmp_path / "free.onnx", ["b", "t"])
+    with pytest.raises(DataError, match=r"'x0' is \[None, None\]; only its first axis may have any length"):
+        part(made, teacher=(path,))
+
+
+def test_a_free_number_of_samples_beside_a_fixed_one_is_that(made, tmp_path):
+    lines = part(made, teacher=(write_relus(tmp_path / "mixed.onnx", ["b", 4], [3, 4]),))["lines"]
+    assert {line["samples"] for name, line in lines.items() if name.startswith("teacher")} == {3}
+
+
+def test_two_fixed_numbers_of_samples_are_refused(made, tmp_path):
+    path = write_relus(tmp_path / "two.onnx", [2, 4], [3, 4])
+    with pytest.raises(DataError, match=r"its inputs are of \[2, 3\] samples at once; expected one number for all"):
         part(made, teacher=(path,))
 
 

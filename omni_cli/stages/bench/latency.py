@@ -75,7 +75,10 @@ def bench_export(inputs: Inputs, repeats: int) -> Part:
     teacher, no_teacher = _teacher_files(inputs)
     left_out: set[str] = set()
     ways = [*_of_run(inputs, run, folder, card, left_out), *_of_teacher(teacher, left_out)]
-    timings = measure({f"{way.of} {way.program}: {way.setting}": way.run for way in ways}, rounds, WARMUPS)
+    work = {f"{way.of} {way.program}: {way.setting}": way.run for way in ways}
+    once_s = sum(timing.median_s for timing in measure(work, repeats=1).values())
+    inputs.console.say(f"{len(work)} ways, {rounds} rounds of all in turn: about {once_s * (WARMUPS + rounds):.0f} s")
+    timings = measure(work, rounds, WARMUPS)
     pairs = zip(ways, timings.items(), strict=True)
     each = [(way, Line(name, timing, {"samples": way.samples}, way.facts())) for way, (name, timing) in pairs]
     wholes, lines = _wholes(each), [line for _, line in each]
@@ -123,8 +126,10 @@ def _of_run(inputs: Inputs, run: runs.Run, folder: Path, card: Mapping[str, Any]
 def _of_teacher(paths: Sequence[Path], left_out: set[str]) -> Iterator[Way]:
     for path in paths:
         session = onnx_runtime.open_session(path, "cpu")
-        lengths = {spec.shape[0] for spec in session.inputs.values()}
-        sizes = SIZES if lengths == {None} else sorted(length or 1 for length in lengths)[:1]
+        fixed = {length for spec in session.inputs.values() if (length := spec.shape[0]) is not None}
+        if len(fixed) > 1:
+            raise DataError(f"{path}: its inputs are of {sorted(fixed)} samples at once; expected one number for all")
+        sizes = fixed or SIZES
         yield from _on_each(TEACHER, path, {size: _noise(session, size) for size in sizes}, left_out)
 
 
