@@ -140,6 +140,8 @@ def test_the_cars_own_model_teaches_the_heads_too(routes, tmp_path):
     by_name = {row["name"]: row for row in report["conditions"]}
     assert by_name["model"]["lane_l1"] > by_name["teacher"]["lane_l1"] == 0
     assert by_name["model"]["lane_l1_of_reference"] is None  # a car that keeps its speed knows no lanes
+    for horizon in ("2s", "5s"):
+        assert by_name["model"][f"teacher_ade_{horizon}"] > by_name["teacher"][f"teacher_ade_{horizon}"] == 0
     assert 0 <= by_name["model"]["inside_50"] <= 0.5
 
 

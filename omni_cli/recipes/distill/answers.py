@@ -12,11 +12,12 @@ from omni_cli.scores import paths
 
 CONSTANT_VELOCITY = "constant velocity"
 _SHOWN = (("ade", 2.0), ("ade", 5.0))
+_TO_TEACHER_S = (2.0, 5.0)
 _ERRORS = ("ade", "fde")
 
 
 def metrics(*, has_scene: bool) -> tuple[Metric, ...]:
-    """Return displacement errors at each horizon, how badly scales fit, and where lanes are known their error."""
+    """Return displacement errors at each horizon and how badly scales fit; of a teacher that sees, how far it is."""
     errors = [
         Metric(f"{key}_{horizon:g}s", f"{key.upper()} {horizon:g} s", "m", is_shown=(key, horizon) in _SHOWN)
         for horizon in paths.HORIZONS_S
@@ -25,7 +26,11 @@ def metrics(*, has_scene: bool) -> tuple[Metric, ...]:
     errors += [
         Metric(f"inside_{share}", f"|share inside the {share} % - {share} %|", "", is_shown=False) for share in (50, 90)
     ]
-    return (*errors, *([Metric("lane_l1", "lane L1", "m")] if has_scene else []))
+    to_teacher = [
+        Metric(_to_teacher(horizon), f"ADE {horizon:g} s to the teacher", "m", is_shown=False)
+        for horizon in _TO_TEACHER_S
+    ]
+    return (*errors, *([*to_teacher, Metric("lane_l1", "lane L1", "m")] if has_scene else []))
 
 
 def errors(
@@ -78,18 +83,25 @@ def _window_errors(values: Mapping[str, Any], row: Row, warmup_steps: int) -> di
         return {}
     counts = (_array(row, "counts") > 0) & (np.arange(len(row["counts"])) >= warmup_steps)
     truth, points = path(row, "driven_xy_m"), np.where(counts, _points(row, "driven_points"), 0)
+    taught, taught_points = path(row, "target_xy_m"), np.where(counts, _points(row, "target_points"), 0)
     found = paths.path_errors(values["xy_m"], truth, points)
     result = {
         f"{key}_{horizon:g}s": _mean(error[:, column])
         for column, horizon in enumerate(paths.HORIZONS_S)
         for key, error in (("ade", found.average_m), ("fde", found.final_m))
     }
+    apart = paths.path_errors(values["xy_m"], taught, taught_points, _TO_TEACHER_S).average_m
+    result |= {_to_teacher(horizon): _mean(apart[:, column]) for column, horizon in enumerate(_TO_TEACHER_S)}
     if "scale_m" in values:
         fit = paths.scale_calibration(values["xy_m"], values["scale_m"], truth, points)
         result |= {"inside_50": abs(_mean(fit.inside_50) - 0.5), "inside_90": abs(_mean(fit.inside_90) - 0.9)}
     if len(row["scene_is_known"]) and "lane_lines_m" in values:
         result["lane_l1"] = _mean(_lane_l1(values, row)[counts])
     return result
+
+
+def _to_teacher(horizon_s: float) -> str:
+    return f"teacher_ade_{horizon_s:g}s"
 
 
 def _lane_l1(values: Mapping[str, Any], row: Row) -> Float64Array:
