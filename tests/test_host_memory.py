@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from omni_cli.stages import models
+
 CODE = """
 import resource, sys
 import torch
@@ -28,6 +30,16 @@ print(faults() - before)
 def faults_of_ten_blocks(how: str) -> int:
     done = subprocess.run([sys.executable, "-c", CODE, how], capture_output=True, text=True, check=True)
     return int(done.stdout)
+
+
+def test_only_a_model_on_the_cpu_has_it_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(models, "keep_freed_blocks", lambda: calls.append("kept"))
+    assert models.ready_device("cuda") == "cuda"
+    assert not calls
+    assert models.ready_device("cpu") == "cpu"
+    assert calls == ["kept"]
+    assert models.ready_device() == models.best_device()
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")

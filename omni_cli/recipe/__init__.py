@@ -215,7 +215,7 @@ class Mergeable(Trainable, Protocol):
 class Inferable(Sampled, Trainable, Evaluable, Protocol):
     """What `infer` asks of a recipe."""
 
-    instead_of_mosaics: str  # what it is asked about where a ready mosaic would tell it nothing; empty where it would
+    instead_of_videos: str  # what it is asked about where a plain video tells it too little; empty where it tells all
 
     def load_base_to_ask(self, preprocess: Preprocess) -> tuple[BuiltModel, str]:
         """Return the base model as it is, and what that means for its answers."""

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from omni_cli import __version__, files
 from omni_cli.errors import DataError
-from omni_cli.models.host_memory import keep_freed_blocks
 from omni_cli.recipe import BuiltModel, Evaluable, Metric, Pair, Prediction, Row
 from omni_cli.report import Console
 from omni_cli.samples.dataset import WindowDataset
@@ -174,9 +173,7 @@ def _conditions(recipe: Any, run: runs.Run, dataset: WindowDataset, console: Con
 
 
 def _load(recipe: Any, preprocess: Preprocess, weights: Path) -> BuiltModel:
-    if (device := models.best_device()) == "cpu":
-        keep_freed_blocks()
-    placed: BuiltModel = recipe.place(recipe.load(preprocess, weights), device, None)
+    placed: BuiltModel = recipe.place(recipe.load(preprocess, weights), models.ready_device(), None)
     return placed
 
 

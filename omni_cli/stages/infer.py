@@ -17,7 +17,7 @@ from omni_cli.samples.shards import safe_name
 from omni_cli.scene.recording import Recording
 from omni_cli.stages import runs
 from omni_cli.stages.clips import Clip, find_clips
-from omni_cli.stages.models import ModelFolder, best_device, check_base
+from omni_cli.stages.models import ModelFolder, check_base, ready_device
 from omni_cli.stages.overlay import Said, write_overlay
 
 _BATCH = 8
@@ -89,8 +89,7 @@ def infer(recipe: Any, subject: Subject, request: InferRequest, console: Console
         DataError: the only clip cannot be read, or gives the model less than it was trained on.
     """
     inferable: Inferable = require(recipe, Inferable)  # type: ignore[type-abstract]  # a protocol names the capability
-    if request.tiled and inferable.instead_of_mosaics:
-        raise UsageError(f"--tiled: recipe {recipe.name} takes no mosaics; give it {inferable.instead_of_mosaics}")
+    _check_askable(recipe, request)
     clips = find_clips(subject.preprocess, request.clips, request.cameras or {}, request.data, tiled=request.tiled)
     asker = Asker(inferable, _load(inferable, subject, request, console), subject.preprocess, request, console)
     done, failures = [], {}
@@ -162,6 +161,15 @@ class Asker:
         self.console.say(f"{len(answers)} answers in {path}{shown}")
 
 
+def _check_askable(recipe: Any, request: InferRequest) -> None:
+    """Refuse plain videos before a model is loaded that they tell too little."""
+    given = [name for name, is_given in (("--tiled", request.tiled), ("--camera", request.cameras)) if is_given]
+    given += [word for word in request.clips if Path(word).exists()]
+    if recipe.instead_of_videos and given:
+        expected = f"give it {recipe.instead_of_videos}"
+        raise UsageError(f"{given[0]}: recipe {recipe.name} takes no plain videos; {expected}")
+
+
 def _load(recipe: Inferable, subject: Subject, request: InferRequest, console: Console) -> BuiltModel:
     if subject.run is not None:
         check_base(recipe, subject.run)
@@ -171,7 +179,7 @@ def _load(recipe: Inferable, subject: Subject, request: InferRequest, console: C
     else:
         built = recipe.load(subject.preprocess, subject.weights)
         console.say(f"asking {subject.title}")
-    return recipe.place(built, request.device or best_device(), request.dtype)
+    return recipe.place(built, ready_device(request.device), request.dtype)
 
 
 def _without_pictures(asked: Asked) -> Asked:

@@ -17,6 +17,7 @@ import torch
 from omni_cli import files
 from omni_cli.config import Layer, Settings, read_document, resolve
 from omni_cli.errors import DataError, UsageError
+from omni_cli.models.host_memory import keep_freed_blocks
 from omni_cli.recipe import Trainable
 from omni_cli.samples.preprocess import Preprocess
 from omni_cli.stages import runs
@@ -162,5 +163,13 @@ def _may_be_replaced(folder: Path) -> bool:
 
 
 def best_device() -> str:
-    """Return where a model is asked unless the user says otherwise: a GPU where there is one."""
+    """Return where a model runs unless the user says otherwise: a GPU where there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def ready_device(wanted: str | None = None) -> str:
+    """Return where a model is to run, the best device unless one is wanted; a CPU's memory is made ready for it."""
+    device = wanted or best_device()
+    if device == "cpu":
+        keep_freed_blocks()
+    return device

@@ -19,7 +19,6 @@ from transformers import PrinterCallback, set_seed
 from omni_cli import files, telemetry
 from omni_cli.errors import DataError, Preempted, UsageError
 from omni_cli.models.adapters import trainable_count, weight_count
-from omni_cli.models.host_memory import keep_freed_blocks
 from omni_cli.models.losses import IGNORED
 from omni_cli.recipe import BuiltModel, Sampled, Tokenized, Trainable, TrainSettings
 from omni_cli.report import Console
@@ -27,7 +26,7 @@ from omni_cli.samples.dataset import WindowDataset
 from omni_cli.samples.preprocess import Preprocess
 from omni_cli.samples.shards import ShardSet, open_shards
 from omni_cli.samples.splits import check_no_leak
-from omni_cli.stages import checkpoints, locate, runs
+from omni_cli.stages import checkpoints, locate, models, runs
 from omni_cli.stages.etl import EtlRequest, ensure_sidecar, etl
 from omni_cli.stages.trainer import (
     GradientCheck,
@@ -285,8 +284,7 @@ def make_trainer(
         steps: of the optimiser.
         mixins: classes whose methods come before ours.
     """
-    if not torch.cuda.is_available():
-        keep_freed_blocks()
+    models.ready_device()  # the Trainer's choice too
     trainer = compose_trainer(recipe.trainer().trainer, *mixins)(
         model=built.model,
         args=trainer_arguments(folder, recipe, steps),

@@ -52,7 +52,7 @@ class Distill(Settings):
 
     name: ClassVar[str] = "distill"
     export_formats: ClassVar[tuple[str, ...]] = ("onnx",)
-    instead_of_mosaics: ClassVar[str] = "the id of a recording, whose calibrated cameras it warps each by itself"
+    instead_of_videos: ClassVar[str] = "the id of a recording, whose calibration it looks through"
 
     model: str = "microsoft/resnet-18"  # a vision backbone (hub id, folder, or tiny:FAMILY), or a student's folder
     hypotheses: int = 5  # paths that the policy states

@@ -57,7 +57,7 @@ class Vlm(Settings):
 
     name: ClassVar[str] = "vlm"
     export_formats: ClassVar[tuple[str, ...]] = ("hf", "onnx")
-    instead_of_mosaics: ClassVar[str] = ""
+    instead_of_videos: ClassVar[str] = ""
 
     model: str = "Qwen/Qwen2.5-VL-7B-Instruct"  # hub id, folder, or tiny:FAMILY
     quantization: Literal["none", "nf4"] = "none"
