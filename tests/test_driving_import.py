@@ -19,7 +19,7 @@ from torch import nn
 
 from omni_cli.errors import DataError, UsageError
 from omni_cli.formats.driving_model import POLICY_SLICES, VISION_SLICES
-from omni_cli.models import adapters, driving_import, driving_net, driving_outputs, qwen_vl
+from omni_cli.models import adapters, driving_export, driving_import, driving_net, driving_outputs, qwen_vl
 from omni_cli.models.driving_import import ImportedNet
 from omni_cli.models.driving_net import HEADS
 from omni_cli.recipe import BuiltModel
@@ -216,6 +216,55 @@ def test_a_drive_is_what_onnx_runtime_and_the_parser_say(net: ImportedNet, pair:
     np.testing.assert_allclose(plans.mean_m[:, 0].numpy(), plan, atol=allowed * np.abs(plan).max())
     found = plans.log_scale[:, 0].exp().numpy() * 2**0.5
     np.testing.assert_allclose(found, deviation, atol=allowed * max(1, deviation.max()))
+
+
+OF_PATH = [0, 1, 3, 4, 6, 7, 11, 14]  # of a plan's 15 numbers: x and y, their derivatives, yaw and its rate
+OTHERS = [column for column in range(15) if column not in OF_PATH]
+
+
+@pytest.fixture
+def said(net: ImportedNet, pair: Path) -> dict[str, tuple[np.ndarray, np.ndarray, dict[str, str]]]:
+    """By program what its contract says of noise once, what ONNX Runtime says of the original, and its metadata."""
+    recipe, noise = tiny_student(), np.random.default_rng(5)
+    types = {"tensor(uint8)": np.uint8, "tensor(float)": np.float32, "tensor(float16)": np.float16}
+    result = {}
+    for program in recipe.programs(BuiltModel(net, None), recipe.preprocess(), [1]):
+        session = onnxruntime.InferenceSession(pair / f"{program.name}.onnx")
+        inputs = session.get_inputs()
+        given = {one.name: (200 * noise.random([1, *one.shape[1:]])).astype(types[one.type]) for one in inputs}
+        with torch.no_grad():
+            found = program.module(**{name: torch.from_numpy(array) for name, array in given.items()})[0]
+        wanted = session.run(None, given)[0].astype(np.float32)
+        result[program.name] = found.numpy()[0], wanted[0], dict(program.metadata)
+    return result
+
+
+def assert_same(found: np.ndarray, wanted: np.ndarray, allowed: float) -> None:
+    assert np.abs(found - wanted).max() <= allowed * max(1, np.abs(wanted).max())
+
+
+def test_exported_its_vision_says_all_that_the_original_says(said, request) -> None:
+    found, wanted, metadata = said["driving_vision"]
+    for name, place in VISION_SLICES.items():
+        if name != "pad":
+            assert_same(found[place], wanted[place], 2e-2 if "float16" in request.node.name else 1e-4)
+    assert metadata["omni_carried"].split("; ")[0] == "meta"
+    assert "omni_not_learned" not in metadata
+
+
+def test_exported_its_plan_differs_in_what_follows_from_its_path_alone(said, request) -> None:
+    """x and y begin at the camera as labels do; whatever no label tells of is the original's."""
+    found, wanted, metadata = said["driving_policy"]
+    allowed = 2e-2 if "float16" in request.node.name else 1e-4
+    assert_same(found[POLICY_SLICES["desire_state"]], wanted[POLICY_SLICES["desire_state"]], allowed)
+    plan, raw = (numbers[POLICY_SLICES["plan"]].reshape(66, 15) for numbers in (found, wanted))
+    path = driving_export.motion(torch.from_numpy(raw[None, :33, :2] - raw[None, :1, :2]))[0].numpy()
+    assert_same(plan[:33, OF_PATH], path[:, OF_PATH], allowed)
+    assert_same(plan[:33, OTHERS], raw[:33, OTHERS], allowed)
+    assert_same(plan[33:], raw[33:], allowed)
+    assert np.abs(raw[:33, OTHERS]).max() > 0.1 or "real operators" not in request.node.name
+    assert metadata["omni_carried"].split("; ")[0] == "desire_state"
+    assert "omni_not_learned" not in metadata
 
 
 def test_rows_do_not_mix(real: ImportedNet) -> None:

@@ -9,7 +9,8 @@ from torch.nn import functional
 
 from omni_cli.models import driving_losses
 from omni_cli.models.driving_losses import Summed, VisionLabels
-from omni_cli.models.driving_net import Plans, VisionOutputs, plan_units
+from omni_cli.models.driving_net import Plans, VisionOutputs
+from omni_cli.models.driving_units import plan_units
 
 STEPS, PLANS = 5, 3
 

@@ -1,12 +1,13 @@
 """The student in the real models' place: names, types, widths and slices of openpilot v0.10.3, in two programs.
 
-What the real models say and the student has not learned is zero, and is named in the file's metadata. What follows from
-a path is derived inside the graph from the likeliest one: velocity, acceleration, yaw, yaw rate; a lead goes on from
-its first point at constant speed. A Laplace scale b becomes a standard deviation, b sqrt(2).
+What the real models say and the student has not learned is zero, or what an imported program says of it, which nothing
+taught while it was adapted. Either is named in the file's metadata. What follows from a path is derived inside the
+graph from the likeliest one: velocity, acceleration, yaw, yaw rate; a lead goes on from its first point at constant
+speed. A Laplace scale b becomes a standard deviation, b sqrt(2).
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from omni_cli.formats.driving_model import (
     HISTORY_STEPS,
     NUM_POINTS,
     OUTPUT_NAME,
+    PLAN_COLUMNS,
     PLAN_WIDTH,
     POLICY_SLICES,
     POLICY_WIDTH,
@@ -37,7 +39,7 @@ _LOG_SQRT_2 = math.log(2) / 2
 _LEAD_TIMES_S = (0.0, 2.0, 4.0, 6.0, 8.0, 10.0)
 _FIT_HALF_WIDTH_S, _FIT_POINTS = 1.0, 5
 _SLOWEST_MPS = 1.0
-_NOT_LEARNED_KEY, _DERIVED_KEY = "omni_not_learned", "omni_derived"
+_NOT_LEARNED_KEY, _CARRIED_KEY, _DERIVED_KEY = "omni_not_learned", "omni_carried", "omni_derived"
 _VISION_NOT_LEARNED = ("meta", "desire_pred", "pose", "wide_from_device_euler", "road_transform")
 _POLICY_NOT_LEARNED = ("desire_state", "plan: z, roll, pitch and every scale but that of x and y")
 
@@ -53,7 +55,7 @@ class VisionContract(nn.Module):
 
     def forward(self, img: Tensor, big_img: Tensor) -> tuple[Tensor]:
         """Return everything that is seen, as one vector a step."""
-        seen = self.vision(img, big_img)
+        seen, carried = self.vision.say(img, big_img)
         unused = torch.zeros_like(seen.lane_line_logit)
         parts = {
             "lane_lines": _normal(seen.lane_lines_m, seen.lane_lines_log_scale),
@@ -63,6 +65,7 @@ class VisionContract(nn.Module):
             "lead": _normal(_future_leads(seen.lead), seen.lead_log_scale[:, :, None].expand(-1, -1, 6, -1)),
             "lead_prob": seen.lead_logit,
             "hidden_state": seen.features,
+            **carried,
         }
         return (_flat(parts, VISION_SLICES, VISION_WIDTH),)
 
@@ -73,15 +76,19 @@ class PolicyContract(nn.Module):
     def __init__(self, policy: PolicyNet) -> None:
         super().__init__()
         self.policy = policy
+        self.follows: Tensor
+        self.register_buffer("follows", _follows_from_a_path(), persistent=False)
 
     def forward(self, desire_pulse: Tensor, traffic_convention: Tensor, features_buffer: Tensor) -> tuple[Tensor]:
         """Return the likeliest plan and what follows from it, as one vector a step."""
-        plans = self.policy(features_buffer, desire_pulse, traffic_convention)
+        plans, carried = self.policy.say(features_buffer, desire_pulse, traffic_convention)
         best = plans.logit.argmax(dim=1)[:, None, None, None].expand(-1, 1, NUM_POINTS, 2)
         path_m = plans.mean_m.gather(1, best).squeeze(1)
         log_std = plans.log_scale.gather(1, best).squeeze(1) + _LOG_SQRT_2
         plan = torch.cat([motion(path_m), functional.pad(log_std, (0, PLAN_WIDTH - 2))], dim=1)
-        return (_flat({"plan": plan}, POLICY_SLICES, POLICY_WIDTH),)
+        if "plan" in carried:
+            plan = torch.where(self.follows, plan, carried["plan"].view_as(plan))
+        return (_flat({**carried, "plan": plan}, POLICY_SLICES, POLICY_WIDTH),)
 
 
 def motion(path_m: Tensor) -> Tensor:
@@ -115,14 +122,28 @@ def derivative_matrix(time_s: Float64Array) -> Float64Array:
     return matrix
 
 
-def vision_metadata(checkpoint: str) -> dict[str, str]:
-    """Return the metadata of `driving_vision.onnx`, as openpilot's files have it, and what is not learned."""
-    return _metadata(checkpoint, VISION_SLICES, _VISION_NOT_LEARNED, "lead: its points after the first")
+def vision_metadata(checkpoint: str, carries: Collection[str] = ()) -> dict[str, str]:
+    """Return the metadata of `driving_vision.onnx`, as openpilot's files have it, and what is not learned.
+
+    Args:
+        checkpoint: what the model is made of.
+        carries: parts that an imported program says.
+    """
+    goes_on = "lead: its points after the first"
+    if "lead" in carries:
+        return _metadata(checkpoint, VISION_SLICES, (*_VISION_NOT_LEARNED, goes_on), carries)
+    return _metadata(checkpoint, VISION_SLICES, _VISION_NOT_LEARNED, carries, goes_on)
 
 
-def policy_metadata(checkpoint: str) -> dict[str, str]:
-    """Return the metadata of `driving_policy.onnx`, as openpilot's files have it, and what is not learned."""
-    return _metadata(checkpoint, POLICY_SLICES, _POLICY_NOT_LEARNED, "plan: velocity, acceleration, yaw, yaw rate")
+def policy_metadata(checkpoint: str, carries: Collection[str] = ()) -> dict[str, str]:
+    """Return the metadata of `driving_policy.onnx`, as openpilot's files have it, and what is not learned.
+
+    Args:
+        checkpoint: what the model is made of.
+        carries: parts that an imported program says.
+    """
+    follows = "plan: velocity, acceleration, yaw, yaw rate"
+    return _metadata(checkpoint, POLICY_SLICES, _POLICY_NOT_LEARNED, carries, follows)
 
 
 def example_inputs(specs: Mapping[str, InputSpec], batch: int, seed: int) -> dict[str, Tensor]:
@@ -155,14 +176,28 @@ def drive(look: Program, plan: Program, pictures: Tensor, desire: Tensor, traffi
 
 
 def _metadata(
-    checkpoint: str, slices: Mapping[str, slice], not_learned: tuple[str, ...], derived: str
+    checkpoint: str,
+    slices: Mapping[str, slice],
+    not_learned: Sequence[str],
+    carries: Collection[str],
+    derived: str = "",
 ) -> dict[str, str]:
-    return {
-        "model_checkpoint": checkpoint,
-        SLICES_KEY: encode_slices(slices),
-        _NOT_LEARNED_KEY: "; ".join(not_learned),
-        _DERIVED_KEY: derived,
-    }
+    carried = [one for one in not_learned if one.split(":")[0] in carries]
+    zero = [one for one in not_learned if one not in carried]
+    notes = {_NOT_LEARNED_KEY: "; ".join(zero), _CARRIED_KEY: "; ".join(carried), _DERIVED_KEY: derived}
+    told = {key: note for key, note in notes.items() if note}
+    return {"model_checkpoint": checkpoint, SLICES_KEY: encode_slices(slices), **told}
+
+
+def _follows_from_a_path() -> Tensor:
+    """Return which numbers of a plan, means and then scales (66, 15), are a path's x and y or follow from them."""
+    follows = torch.zeros(2 * NUM_POINTS, PLAN_WIDTH, dtype=torch.bool)
+    for name in ("position", "velocity", "acceleration"):
+        follows[:NUM_POINTS, PLAN_COLUMNS[name].start : PLAN_COLUMNS[name].stop - 1] = True
+    for name in ("euler", "euler_rate"):
+        follows[:NUM_POINTS, PLAN_COLUMNS[name].stop - 1] = True
+    follows[NUM_POINTS:, :2] = True
+    return follows
 
 
 def _noise(shape: tuple[int, ...], dtype: str, generator: torch.Generator) -> Tensor:

@@ -20,7 +20,15 @@ from torch import Tensor, fx, nn
 
 from omni_cli import files
 from omni_cli.errors import DataError, UsageError
-from omni_cli.formats.driving_model import FEATURE_LEN, MEAN_SHAPES, POLICY_INPUTS, VISION_INPUTS, InputSpec
+from omni_cli.formats.driving_model import (
+    FEATURE_LEN,
+    MEAN_SHAPES,
+    POLICY_INPUTS,
+    POLICY_SLICES,
+    VISION_INPUTS,
+    VISION_SLICES,
+    InputSpec,
+)
 from omni_cli.models import driving_net
 from omni_cli.models.driving_export import example_inputs
 from omni_cli.models.driving_net import CONFIG, HEADS, PROGRAMS, WEIGHTS, DrivingNet, Plans, VisionOutputs
@@ -77,11 +85,19 @@ class ImportedVision(driving_net.VisionNet):
         nn.Module.__init__(self)  # its parts are not those of a configuration
         self.program = program
         self.slices = dict(slices)
+        self.carries = _shared_parts(slices, VISION_SLICES)
         self.heads = nn.ModuleDict({name: nn.Identity() for name in HEADS})
 
     def forward(self, img: Tensor, big_img: Tensor) -> VisionOutputs:
         """Look, as `VisionNet.forward` does."""
+        return self.say(img, big_img)[0]
+
+    def say(self, img: Tensor, big_img: Tensor) -> tuple[VisionOutputs, dict[str, Tensor]]:
+        """Look, as `VisionNet.say` does."""
         said = self.program({"img": img, "big_img": big_img}).float()
+        return self._seen(said), {name: said[:, self.slices[name]] for name in self.carries}
+
+    def _seen(self, said: Tensor) -> VisionOutputs:
         part = {name: said[:, place] for name, place in self.slices.items()}
         lead, lead_log_scale = _laplace(part["lead"], "lead")  # (b, 3, 6, 4): the first of its six points is now
         return VisionOutputs(
@@ -103,6 +119,7 @@ class ImportedPolicy(driving_net.PolicyNet):
         self.num_hypotheses = 1
         self.program = program
         self.slices = dict(slices)
+        self.carries = _shared_parts(slices, POLICY_SLICES)
 
     def project(self, features: Tensor, desire_pulse: Tensor) -> Tensor:
         """Return what the program is told of each step, (b, steps, 520); it computes nothing of a step by itself."""
@@ -114,8 +131,17 @@ class ImportedPolicy(driving_net.PolicyNet):
         openpilot's begin up to 1.5 m behind or before it (samples/step_labels.py, `from_the_camera`).
         """
         features, desire_pulse = projected[..., :FEATURE_LEN], projected[..., FEATURE_LEN:]
-        given = {"features_buffer": features, "desire_pulse": desire_pulse, "traffic_convention": traffic_convention}
-        said = self.program(given).float()
+        return self.say(features, desire_pulse, traffic_convention)[0]
+
+    def say(
+        self, features_buffer: Tensor, desire_pulse: Tensor, traffic_convention: Tensor
+    ) -> tuple[Plans, dict[str, Tensor]]:
+        """Plan, as `PolicyNet.say` does."""
+        told = {"desire_pulse": desire_pulse, "traffic_convention": traffic_convention}
+        said = self.program({"features_buffer": features_buffer, **told}).float()
+        return self._plans(said), {name: said[:, self.slices[name]] for name in self.carries}
+
+    def _plans(self, said: Tensor) -> Plans:
         mean, log_scale = _laplace(said[:, self.slices["plan"]], "plan")
         xy_m = mean[..., :2] - mean[:, :1, :2]
         return Plans(xy_m[:, None], log_scale[:, None, :, :2], said.new_zeros(said.shape[0], 1))
@@ -259,6 +285,12 @@ def _laplace(raw: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """Return means and logarithms of Laplace's b, from (b, 2 n): openpilot says a standard deviation, b sqrt(2)."""
     mean, log_std = raw.reshape(-1, 2, *MEAN_SHAPES[name]).unbind(dim=1)
     return mean, log_std - _LOG_SQRT_2
+
+
+def _shared_parts(slices: Mapping[str, slice], contract: Mapping[str, slice]) -> tuple[str, ...]:
+    """Return the parts of a program that v0.10.3 has too, and in the same width; `pad` means nothing."""
+    widths = {name: place.stop - place.start for name, place in slices.items() if name != "pad"}
+    return tuple(name for name, place in contract.items() if widths.get(name) == (place.stop or 0) - place.start)
 
 
 def _scene(seen: VisionOutputs, labelled: Collection[str]) -> list[Tensor]:

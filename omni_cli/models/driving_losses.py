@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from omni_cli.formats.driving_model import NUM_POINTS
-from omni_cli.models.driving_net import NUM_EDGES, Plans, VisionOutputs, plan_units
+from omni_cli.models.driving_net import Plans, VisionOutputs
 from omni_cli.models.driving_outputs import EXP_CLIP
+from omni_cli.models.driving_units import NUM_EDGES, plan_units
 
 HUBER_DELTA = 1.0  # m and m/s: below it errors count squared, above it as they are
 _BELIEVED = 0.5  # a teacher's line or lead that it holds for less likely has a probability to learn, and no place

@@ -3,10 +3,7 @@
 Both speak the contract of the real models (facts: v0.10.3): 24 channels of raw uint8 become 512 features, lane lines,
 road edges and leads; the features of 25 steps become a plan. Unlike the real policy this one may state several plans,
 each a Laplace distribution at every point, and how likely each is. Coordinates are calib: x forward, y right, z down.
-
-Every regressed number is `centre + spread * u`, where the net gives u and the tables below give the rest, so that an
-untrained net (u near 0) says something plausible and every u has the same size to learn. Its scale is
-`spread * exp(s)` with |s| < 5.
+What its raw numbers stand for is in `driving_units`.
 """
 
 import importlib
@@ -29,25 +26,20 @@ from omni_cli.formats.driving_model import (
     FEATURE_LEN,
     HISTORY_STEPS,
     NUM_POINTS,
-    T_IDXS_S,
     TRAFFIC_CONVENTIONS,
-    X_IDXS_M,
 )
+from omni_cli.models import driving_units as units
 from omni_cli.models.backbones import Backbone, backbone_config, load_pretrained
+from omni_cli.models.driving_units import NUM_EDGES, NUM_LEADS, NUM_LINES
 from omni_cli.models.families import is_tiny
 
 HEADS = ("lane_lines", "road_edges", "leads")  # of the vision net; each learns only where its labels are
-NUM_LINES, NUM_EDGES, NUM_LEADS = 4, 2, 3
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 PROGRAMS = ("driving_vision.onnx", "driving_policy.onnx")  # as openpilot and `omni export` name them
 FIRST_WEIGHTS = "first weights 2"  # how a seed becomes weights; another way of drawing them is another base
 _KIND = "driving-net-1"
-_MAX_LOG_SPREADS = 5.0
 _MAP_NUMBERS = 1024  # what of a feature map reaches the features: all its cells, in few channels
 _MIN_MAP_CHANNELS = 8
-
-_LANE_WIDTH_M, _CAMERA_HEIGHT_M = 3.6, 1.2
-_ROAD_WIDTH_M = 12.0
 
 
 class VisionOutputs(NamedTuple):
@@ -91,6 +83,8 @@ class Head(nn.Sequential):
 class VisionNet(nn.Module):
     """From two narrow and two wide pictures to features, and to what stands on the road."""
 
+    carries: tuple[str, ...] = ()  # parts of a car's model that it says as an imported program does
+
     def __init__(self, config: DrivingNetConfig) -> None:
         super().__init__()
         self.backbone = Backbone(config.backbone)
@@ -116,12 +110,16 @@ class VisionNet(nn.Module):
         lanes, edges, leads = (self.heads[name](features).float() for name in HEADS)
         return VisionOutputs(
             features.float(),
-            *_lines(lanes[:, :-NUM_LINES], NUM_LINES, _LANE_WIDTH_M, width_spread_m=0.5),
+            *units.lane_lines(lanes[:, :-NUM_LINES]),
             lanes[:, -NUM_LINES:],
-            *_lines(edges, NUM_EDGES, _ROAD_WIDTH_M, width_spread_m=2.0),
-            *_leads(leads[:, :-NUM_LEADS]),
+            *units.road_edges(edges),
+            *units.leads(leads[:, :-NUM_LEADS]),
             leads[:, -NUM_LEADS:],
         )
+
+    def say(self, img: Tensor, big_img: Tensor) -> tuple[VisionOutputs, dict[str, Tensor]]:
+        """Return what is seen, and each part (b, numbers) that it `carries`."""
+        return self(img, big_img), {}
 
 
 class Gru(nn.Module):
@@ -151,6 +149,8 @@ class Gru(nn.Module):
 class PolicyNet(nn.Module):
     """From the features of the last 25 steps to plans."""
 
+    carries: tuple[str, ...] = ()  # parts of a car's model that it says as an imported program does
+
     def __init__(self, config: DrivingNetConfig) -> None:
         super().__init__()
         self.num_hypotheses = config.num_hypotheses
@@ -168,6 +168,12 @@ class PolicyNet(nn.Module):
             traffic_convention: (b, 2) one-hot: right-hand, left-hand traffic.
         """
         return self.decide(self.project(features_buffer, desire_pulse), traffic_convention)
+
+    def say(
+        self, features_buffer: Tensor, desire_pulse: Tensor, traffic_convention: Tensor
+    ) -> tuple[Plans, dict[str, Tensor]]:
+        """Return the plans, and each part (b, numbers) that it `carries`."""
+        return self(features_buffer, desire_pulse, traffic_convention), {}
 
     def project(self, features: Tensor, desire_pulse: Tensor) -> Tensor:
         """Return what the memory makes of each step by itself, (b, steps, 3 hidden)."""
@@ -191,7 +197,7 @@ class PolicyNet(nn.Module):
         state = self.memory(projected)
         raw = self.plan(torch.cat([state, traffic_convention.to(state.dtype)], dim=1)).float()
         numbers, logit = raw[:, : -self.num_hypotheses], raw[:, -self.num_hypotheses :]
-        mean, log_scale = _scaled(numbers.reshape(-1, 2, self.num_hypotheses, NUM_POINTS, 2), *plan_units(raw))
+        mean, log_scale = units.plans(numbers, self.num_hypotheses)
         return Plans(mean, log_scale, logit)
 
 
@@ -344,45 +350,3 @@ def fill_weights(net: DrivingNet, path: Path) -> None:
             f"{path}: {len(missing)} weights are missing and {len(unexpected)} unknown, first {wrong[0]}; "
             "take the folder again from where it came"
         )
-
-
-def plan_units(like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return centre and spread (33, 2) of a plan's x and y at T_IDXS_S, in m.
-
-    Forward x = v t with speeds of 10 +- 10 m/s. Sideways y = a t^2 / 2 with accelerations of 0 +- 1 m/s^2, which is
-    comfortable driving. A floor of 1 m and 0.25 m serves the first points, where a logged plan begins behind the
-    camera.
-    """
-    time_s = like.new_tensor(T_IDXS_S.tolist())
-    centre = torch.stack([10 * time_s, 0 * time_s], dim=1)
-    return centre, torch.stack([1 + 10 * time_s, 0.25 + time_s**2 / 2], dim=1)
-
-
-def _scaled(raw: Tensor, centre: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and logarithm of the scale from raw (b, 2, ...): means, then log-scales.
-
-    The bound is smooth, so that no scale gets stuck at it, and below e^11, where openpilot's parser clips.
-    """
-    log_spreads = _MAX_LOG_SPREADS * torch.tanh(raw[:, 1] / _MAX_LOG_SPREADS)
-    return centre + spread * raw[:, 0], torch.log(spread) + log_spreads
-
-
-def _lines(raw: Tensor, count: int, gap_m: float, width_spread_m: float) -> tuple[Tensor, Tensor]:
-    """Return means and log-scales (b, count, 33, 2) of lines `gap_m` apart around the car, y and z at X_IDXS_M.
-
-    y spreads by the line's own place, a heading of 0.02 rad and a curvature of 1 / 500 m (y = k x^2 / 2); z, the height
-    of the camera, by 0.1 m and a slope of 1 %.
-    """
-    forward_m = raw.new_tensor(X_IDXS_M.tolist())
-    places_m = gap_m * (torch.arange(count, device=raw.device) - (count - 1) / 2)
-    centre_y = places_m[:, None].expand(count, NUM_POINTS)
-    centre = torch.stack([centre_y, torch.full_like(centre_y, _CAMERA_HEIGHT_M)], dim=2)
-    spread_y = width_spread_m + 0.02 * forward_m + forward_m**2 / 1000
-    spread = torch.stack([spread_y, 0.1 + 0.01 * forward_m], dim=1)
-    return _scaled(raw.reshape(-1, 2, count, NUM_POINTS, 2), centre, spread)
-
-
-def _leads(raw: Tensor) -> tuple[Tensor, Tensor]:
-    """Return means and log-scales (b, 3, 4) of leads: 40 +- 40 m, 0 +- 2 m, 10 +- 10 m/s; fixed, 0 +- 3 m/s^2."""
-    learned = functional.pad(raw.reshape(-1, 2, NUM_LEADS, 3), (0, 1))
-    return _scaled(learned, raw.new_tensor([40.0, 0.0, 10.0, 0.0]), raw.new_tensor([40.0, 2.0, 10.0, 3.0]))

@@ -44,8 +44,12 @@ def programs(net: DrivingNet, batches: Sequence[int], checkpoint: str) -> list[P
     plans = driving_export.example_inputs(POLICY_INPUTS, batch or 2, _SEED)
     names = driving_export.OUTPUT_NAMES
     return [
-        Program(VISION_NAME, vision, looks, names, batch, driving_export.vision_metadata(checkpoint)),
-        Program(POLICY_NAME, policy, plans, names, batch, driving_export.policy_metadata(checkpoint)),
+        Program(
+            VISION_NAME, vision, looks, names, batch, driving_export.vision_metadata(checkpoint, net.vision.carries)
+        ),
+        Program(
+            POLICY_NAME, policy, plans, names, batch, driving_export.policy_metadata(checkpoint, net.policy.carries)
+        ),
     ]
 
 
