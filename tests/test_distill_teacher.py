@@ -15,6 +15,7 @@ from omni_cli.recipe import SampleSettings
 from omni_cli.recipes.distill import teaching
 from omni_cli.recipes.distill.teaching import OnnxLabeller, identity, labeller
 from omni_cli.samples.driven_path import DrivenPaths
+from omni_cli.samples.shards import open_shards
 from omni_cli.samples.step_labels import Looks, Scene
 from omni_cli.scene.recording import Recording
 from omni_cli.stages.etl import EtlRequest, etl
@@ -203,6 +204,7 @@ def test_shards_are_the_same_wherever_the_files_lie_and_whoever_works(short_driv
     paths = driving_onnx.write_v0_10_3(tmp_path)
     cut(student_of(paths), short_drives, tmp_path / "s")
     before = tree(tmp_path / "s")
+    assert open_shards(tmp_path / "s").manifest.provenance["teacher_provider"] == ("cpu",)
     (tmp_path / "elsewhere").mkdir()
     moved = [path.rename(tmp_path / "elsewhere" / path.name) for path in paths]
     again = etl(student_of(moved), EtlRequest(data=short_drives, out=tmp_path / "s", workers=0), QUIET)

@@ -78,7 +78,8 @@ def driving_tables(
     pictures = _view_pictures(recording, preprocess, wanted)
     looks = _looks(recording, windows, wanted, pictures)
     driven = driven_paths(recording, looks.timestamp_us, camera=preprocess.cameras[0])
-    columns = _per_instant(recording, looks, driven, label(recording, looks, driven), filters)
+    labels = label(recording, looks, driven)
+    columns = _per_instant(recording, looks, driven, labels, filters)
     chosen = _of_use(recording.id, replace(chosen, windows=windows), looks, columns)
     kept = wanted_frames(chosen.windows)
     steps = [_steps(looks, window) for window in chosen.windows]
@@ -86,9 +87,8 @@ def driving_tables(
     targets["left_hand_traffic"] = np.full(len(steps), looks.is_left_hand_traffic, dtype=np.int32)
     table = windows_table(chosen, frame_rows(chosen.windows, kept), targets, STEP_COLUMNS)
     pictures = tuple(map(_pictures_of, pictures, wanted, kept))
-    return ShardTables(
-        _frames(recording, preprocess, kept, pictures), table, chosen.dropped, {"grid_phase_us": str(phase_us)}
-    )
+    facts = {"grid_phase_us": str(phase_us), **labels.facts}
+    return ShardTables(_frames(recording, preprocess, kept, pictures), table, chosen.dropped, facts)
 
 
 def per_view(recording: Recording, window: PlannedWindow, preprocess: ModelFramePreprocess) -> PlannedWindow:

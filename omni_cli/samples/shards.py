@@ -67,7 +67,7 @@ class Manifest(Settings):
     settings: dict[str, Any]  # the recipe's [sample] and [split] tables
     preprocess: Preprocess
     source: str
-    provenance: dict[str, tuple[str, ...]] = Field(default_factory=dict)  # revisions, licences, phases of the grids
+    provenance: dict[str, tuple[str, ...]] = Field(default_factory=dict)  # revisions, licences, grids, teachers
     split_rule: SplitRule
     recordings: tuple[RecordingEntry, ...]  # sorted by id
     refused: dict[str, str] = Field(default_factory=dict)  # recording -> reason, found by etl

@@ -4,7 +4,7 @@ Two teachers need no weights: `motion`, the car itself, whose later path is the 
 that ran in the car. Paths and lanes are in calib: x forward, y right, z down.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -46,6 +46,7 @@ class StepLabels:
     xy_m: Float32Array  # (n, 33, 2)
     num_points: Int64Array  # (n,) of the path's points that are targets, from the first
     scene: Scene | None = None  # None: the teacher says nothing of the road
+    facts: dict[str, str] = field(default_factory=dict)  # of how they were computed, for provenance
 
 
 @dataclass(frozen=True)

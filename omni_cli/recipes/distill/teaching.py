@@ -6,7 +6,7 @@ no file. Where settings name files that are not here, their contents are unknown
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -68,7 +68,7 @@ class OnnxLabeller:
             is_known &= driven.num_points > 0
         if not is_known.any():
             raise _never_warm(recording, looks, needs_speed=teacher.needs_speed)
-        return _step_labels(said, is_known)
+        return replace(_step_labels(said, is_known), facts={"teacher_provider": teacher.provider})
 
 
 def check_teacher(teacher: str) -> str:

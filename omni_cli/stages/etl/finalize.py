@@ -24,7 +24,7 @@ from omni_cli.samples.splits import check_no_leak
 from omni_cli.stages.etl.plan import Job, Plan, Unit
 from omni_cli.stages.etl.unit import refusal
 
-_SUMMARISED = ("revision", "licence", "grid_phase_us")
+_SUMMARISED = ("revision", "licence", "grid_phase_us", "teacher_provider")
 
 
 def is_done(job: Job, unit: Unit) -> bool:
