@@ -34,6 +34,8 @@ from omni_cli.models.driving_outputs import parse_outputs
 from omni_cli.models.onnx_runtime import open_session
 from omni_cli.models.onnx_write import write_onnx
 from omni_cli.models.teacher import open_teacher
+from tests.support.driving import real_data, real_folder
+from tests.support.full_rate import real_events
 
 OPSET = 20
 
@@ -157,15 +159,61 @@ def test_the_motion_on_a_circle(curvature):
     plan = motion(torch.from_numpy(circle)[None].float())[0].numpy().astype(np.float64)
     columns = {name: plan[:near, part] for name, part in PLAN_COLUMNS.items()}
     np.testing.assert_allclose(plan[:, :2], circle, rtol=1e-6)
-    velocity = speed * np.stack([np.cos(angle), np.sin(angle)], axis=1)[:near]
-    np.testing.assert_allclose(columns["velocity"][:, :2], velocity, atol=0.15)
+    np.testing.assert_allclose(columns["velocity"][:, 0], speed, atol=0.15)
+    np.testing.assert_allclose(columns["velocity"][:, 1], 0, atol=0.01)
     np.testing.assert_allclose(columns["euler"][:, 2], angle[:near], atol=0.01)
     np.testing.assert_allclose(columns["euler_rate"][:, 2], speed * curvature, atol=0.012)
-    inward = speed**2 * curvature * np.stack([-np.sin(angle), np.cos(angle)], axis=1)[:near]
-    np.testing.assert_allclose(columns["acceleration"][:, :2], inward, atol=0.2)
+    np.testing.assert_allclose(columns["acceleration"][:, 0], 0, atol=0.2)
+    np.testing.assert_allclose(columns["acceleration"][:, 1], speed**2 * curvature, atol=0.2)
     ahead_s = 0.3  # openpilot's `get_curvature_from_plan`
     psi = np.interp(ahead_s, T_IDXS_S, plan[:, 11])
     assert 2 * psi / (speed * ahead_s) - plan[0, 14] / speed == pytest.approx(curvature, rel=0.05)
+
+
+@real_data
+@pytest.mark.real_data
+def test_what_follows_from_a_real_plan_is_what_the_model_itself_says():
+    """The frame of each column, against openpilot's model: 31 plans of the real log, two of them into a bend."""
+    (log,) = real_folder().glob("comma_demo_route/**/qlog.bz2")
+    plans = [event.modelV2 for event in real_events(log.parent) if event.which() == "modelV2"]
+    path = np.array([[plan.position.x, plan.position.y] for plan in plans], np.float32).swapaxes(1, 2)
+    derived = motion(torch.from_numpy(path)).numpy()[:, 20:31]  # from 3.9 s to 8.8 s ahead
+    bends = np.abs(derived[:, :, 11]).max(axis=1) > 0.1
+    assert (len(plans), bends.sum()) == (31, 2)
+    said = {
+        3: ([plan.velocity.x for plan in plans], 0.15),
+        4: ([plan.velocity.y for plan in plans], 0.15),  # its car drifts a little outwards
+        6: ([plan.acceleration.x for plan in plans], 0.1),
+        7: ([plan.acceleration.y for plan in plans], 0.05),
+        11: ([plan.orientation.z for plan in plans], 0.01),
+        14: ([plan.orientationRate.z for plan in plans], 0.01),
+    }
+    for column, (numbers, allowed) in said.items():
+        apart = np.abs(derived[:, :, column] - np.array(numbers)[:, 20:31])
+        assert apart[bends].mean() < allowed, column
+        assert apart.mean() < allowed, column
+
+
+def test_a_turn_round_a_roundabout_is_no_braking():
+    """3 quarters of a circle of 12 m: yaw goes on past 90 degrees, and speed stays what it is."""
+    speed, radius = 5.0, 12.0
+    angle = speed * T_IDXS_S / radius
+    circle = radius * np.stack([np.sin(angle), 1 - np.cos(angle)], axis=1)
+    plan = motion(torch.from_numpy(circle)[None].float())[0].numpy().astype(np.float64)
+    assert angle[-1] > 1.3 * np.pi
+    np.testing.assert_allclose(plan[:-4, 11], angle[:-4], atol=0.05)
+    np.testing.assert_allclose(plan[:, 3], speed, atol=0.5)
+    np.testing.assert_allclose(plan[:, 4], 0, atol=0.01)
+
+
+def test_a_car_that_stops_in_a_bend_keeps_its_heading():
+    distance = 10 * T_IDXS_S - T_IDXS_S**2
+    distance[T_IDXS_S > 5] = 25.0
+    angle = distance / 25.0
+    path = 25.0 * np.stack([np.sin(angle), 1 - np.cos(angle)], axis=1)
+    plan = motion(torch.from_numpy(path)[None].float())[0].numpy()
+    np.testing.assert_allclose(plan[-3:, 11], 1.0, atol=0.05)
+    np.testing.assert_allclose(plan[-3:, 3:5], 0, atol=0.1)
 
 
 def test_a_standing_car_has_no_heading():

@@ -94,15 +94,36 @@ class PolicyContract(nn.Module):
 def motion(path_m: Tensor) -> Tensor:
     """Return a plan's 15 numbers at T_IDXS_S, (b, 33, 15) as PLAN_COLUMNS has them, from x and y (b, 33, 2).
 
-    Yaw is the path's direction, positive to the right. A standing car has none: below 1 m/s it is what it would be at
-    1 m/s, so that noise on a path that goes nowhere turns into no heading.
+    As the real models do, velocity and acceleration are in the car's own axes at each time, not in those of now: in a
+    bend the first is its speed and 0. Yaw is the path's direction, positive to the right.
     """
     derivative = path_m.new_tensor(derivative_matrix(T_IDXS_S).tolist())
     velocity = derivative @ path_m
-    yaw = torch.atan(velocity[..., 1:] / velocity[..., :1].clamp(min=_SLOWEST_MPS))
-    flat = [functional.pad(value, (0, 1)) for value in (path_m, velocity, derivative @ velocity)]  # z is 0
-    turning = [functional.pad(value, (2, 0)) for value in (yaw, derivative @ yaw)]  # and so are roll and pitch
-    return torch.cat([*flat, *turning], dim=2)
+    yaw = headings(velocity)
+    own = [path_m, _turned(velocity, yaw), _turned(derivative @ velocity, yaw)]
+    flat = [functional.pad(value, (0, 1)) for value in own]  # z is 0
+    turning = [functional.pad(value[..., None], (2, 0)) for value in (yaw, (derivative @ yaw[..., None])[..., 0])]
+    return torch.cat([*flat, *turning], dim=2)  # and so are roll and pitch
+
+
+def headings(velocity: Tensor) -> Tensor:
+    """Return the directions (b, 33) of velocities (b, 33, 2) in rad, the first seen from x, each next from the last.
+
+    They add up over any bend. A standing car turns by nothing: where two speeds multiply to less than (1 m/s)^2 the
+    angle between them is what it would be there, so that noise on a path that goes nowhere turns into no heading.
+    """
+    before = torch.cat([torch.ones_like(velocity[:, :1]) * velocity.new_tensor([1.0, 0.0]), velocity[:, :-1]], dim=1)
+    cross = before[..., 0] * velocity[..., 1] - before[..., 1] * velocity[..., 0]
+    turn = torch.atan(cross / (before * velocity).sum(dim=2).clamp(min=_SLOWEST_MPS**2))
+    all_before = torch.ones(NUM_POINTS, NUM_POINTS, dtype=turn.dtype, device=turn.device).triu()
+    return turn @ all_before  # a sum up to each: ONNX Runtime's CumSum knows no float16
+
+
+def _turned(vector: Tensor, yaw: Tensor) -> Tensor:
+    """Return vectors (b, 33, 2) of the axes of now in axes that are turned by yaw (b, 33)."""
+    cos, sin = torch.cos(yaw), torch.sin(yaw)
+    x, y = vector.unbind(dim=2)
+    return torch.stack([cos * x + sin * y, cos * y - sin * x], dim=2)
 
 
 def derivative_matrix(time_s: Float64Array) -> Float64Array:

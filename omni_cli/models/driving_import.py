@@ -32,12 +32,13 @@ from omni_cli.formats.driving_model import (
 from omni_cli.models import driving_net
 from omni_cli.models.driving_export import example_inputs
 from omni_cli.models.driving_net import CONFIG, HEADS, PROGRAMS, WEIGHTS, DrivingNet, Plans, VisionOutputs
+from omni_cli.models.driving_parity import Apart, furthest_apart
 from omni_cli.models.fx_layers import with_layers
 from omni_cli.models.teacher_graphs import Graph, open_graphs, sidecar_of
 
 _KIND = "driving-import-1"
 _LOG_SQRT_2 = math.log(2) / 2
-_TOLERANCE, _HALF_TOLERANCE = 1e-4, 2e-2  # of an answer's largest number; a float16 program runs in float32 here
+_TOLERANCE, _HALF_TOLERANCE = 1e-4, 2e-2  # of the largest number of its kind; a float16 program runs in float32 here
 _PROBE_STEPS, _PROBE_SEED = 2, 20_262
 _ELSE = "a model of another generation can teach (sample.teacher), and cannot be adapted"
 
@@ -126,7 +127,7 @@ class ImportedPolicy(driving_net.PolicyNet):
         return torch.cat([features, desire_pulse.to(features.dtype)], dim=2)
 
     def decide(self, projected: Tensor, traffic_convention: Tensor) -> Plans:
-        """Return the plan from the steps in mind (b, 25, 520), moved to begin at the camera as labels of teachers are.
+        """Return the plan from the steps in mind (b, 25, 520), moved along x to begin at the camera as labels are.
 
         openpilot's begin up to 1.5 m behind or before it (samples/step_labels.py, `from_the_camera`).
         """
@@ -143,7 +144,7 @@ class ImportedPolicy(driving_net.PolicyNet):
 
     def _plans(self, said: Tensor) -> Plans:
         mean, log_scale = _laplace(said[:, self.slices["plan"]], "plan")
-        xy_m = mean[..., :2] - mean[:, :1, :2]
+        xy_m = torch.stack([mean[..., 0] - mean[:, :1, 0], mean[..., 1]], dim=2)
         return Plans(xy_m[:, None], log_scale[:, None, :, :2], said.new_zeros(said.shape[0], 1))
 
 
@@ -209,11 +210,8 @@ def import_net(folder: Path) -> ImportedNet:
     return net
 
 
-def parity(program: ImportedProgram, graph: Graph, specs: Mapping[str, InputSpec]) -> float:
-    """Return the largest difference between torch and ONNX Runtime over noise, in units of the largest number said.
-
-    Of each answer by itself (the plan, the lines, the features ...): metres ahead would hide a wrong logit. An answer
-    that is nearly nothing counts in thousandths of the largest of all.
+def parity(program: ImportedProgram, graph: Graph, specs: Mapping[str, InputSpec]) -> Apart:
+    """Return in which kind of number torch and ONNX Runtime differ most over noise.
 
     torch sees several steps at once, ONNX Runtime one after the other, so that steps which mix show too.
     """
@@ -222,10 +220,7 @@ def parity(program: ImportedProgram, graph: Graph, specs: Mapping[str, InputSpec
     rows = [{name: array[[step]] for name, array in arrays.items()} for step in range(_PROBE_STEPS)]
     wanted = np.concatenate([graph.session.run(row)[0] for row in rows]).astype(np.float32)
     with torch.no_grad():
-        found = program(inputs).numpy()
-    least = 1e-3 * float(np.abs(wanted).max())
-    parts = [(found[:, place], wanted[:, place]) for place in graph.slices.values()]
-    return max(float(np.abs(one - other).max()) / max(float(np.abs(other).max()), least) for one, other in parts)
+        return furthest_apart(program(inputs).numpy(), wanted, graph.slices)
 
 
 def _import(graph: Graph, specs: Mapping[str, InputSpec]) -> ImportedProgram:
@@ -238,13 +233,13 @@ def _import(graph: Graph, specs: Mapping[str, InputSpec]) -> ImportedProgram:
     is_free = all(spec.shape[0] is None for spec in inputs.values())
     program = ImportedProgram(with_layers(translated), tuple(inputs), is_free=is_free).eval()
     try:
-        difference = parity(program, graph, specs)
+        apart = parity(program, graph, specs)
     except RuntimeError as error:
         raise DataError(f"{path}: what onnx2fx made of it does not run: {_first(error)}; {_ELSE}") from None
-    if not difference <= tolerance:
+    if not apart.share <= tolerance:
         raise DataError(
-            f"{path}: in torch it says something else than in ONNX Runtime: {difference:.1e} of the largest number, "
-            f"{tolerance:.0e} allowed; {_ELSE}"
+            f"{path}: in torch it says something else than in ONNX Runtime: {apart.kind} by {apart.share:.1e} of its "
+            f"largest number, {tolerance:.0e} allowed; {_ELSE}"
         )
     return program
 

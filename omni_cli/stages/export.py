@@ -118,7 +118,7 @@ def _export_onnx(
     worst = max(program["max_difference"] for program in written)
     console.say(f"{len(written)} programs, outputs differ from torch by {worst:.1e} at most")
     for what, difference in rehearsed.items():
-        console.say(f"{what}: differs by {difference:.1e} at most")
+        console.say(f"{what}: differ by {difference:.1e} of the largest number of a kind at most")
     return {"format": "onnx", "programs": written, "rehearsed": rehearsed}
 
 
