@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from omni_cli.errors import DataError
 from omni_cli.formats.driving_model import T_IDXS_S
-from omni_cli.recipe import SplitSettings
+from omni_cli.recipes.distill.settings import DistillSplit
 from omni_cli.samples.shards import ShardSet, open_shards
 from omni_cli.samples.step_labels import logged_phase_us
 from omni_cli.samples.sync import time_grid
@@ -27,7 +27,7 @@ FRAMES, STRIDE = 11, 10
 
 def logged_at(model_us) -> Recording:
     parts = [np.zeros((len(model_us), *shape), np.float32)
-             for shape in ((33, 3), (33, 3), (4, 33, 2), (4,), (2, 33, 2), (3, 4), (3,))]  # fmt: skip
+             for shape in ((33, 3), (4, 33, 2), (4,), (2, 33, 2), (3, 4), (3,))]  # fmt: skip
     return Recording("drive", "test", {}, device=DeviceLog(model=LoggedModel(np.asarray(model_us, np.int64), *parts)))
 
 
@@ -104,7 +104,7 @@ def test_a_grid_with_a_phase_holds_every_instant_of_its_span_and_no_other(first,
 
 def cut(data: Path, teacher: str, out: Path, **sample) -> ShardSet:
     sample = {"window": FRAMES, "stride": STRIDE, "teacher": teacher, **sample}
-    recipe = tiny_student(cameras="qcamera", sample=sample, split=SplitSettings(validation=0.3))
+    recipe = tiny_student(cameras="qcamera", sample=sample, split=DistillSplit(validation=0.3))
     return open_shards(Path(etl(recipe, EtlRequest(data=data, out=out, workers=0), QUIET)["shards"]))
 
 
@@ -138,7 +138,9 @@ def test_steps_without_a_word_of_the_model_are_masked(routes, tmp_path):
             assert row["scene_is_known"] == is_known.astype(int).tolist()
             path_m = np.array(row["target_xy_m"]).reshape(-1, 33, 2)
             assert (path_m[~is_known] == 0).all()
-            np.testing.assert_allclose(path_m[is_known][0], np.arange(33)[:, None] * [1, 0.1], rtol=1e-5)
+            shift_m = 0.1 * frame[is_known][0] / 10  # of its y; x begins at the camera
+            expected = np.arange(33)[:, None] * [1, 0.1] + [0, shift_m]
+            np.testing.assert_allclose(path_m[is_known][0], expected, rtol=1e-5)
             assert (np.array(row["scene_lane_line_prob"]).reshape(-1, 4)[~is_known] == 0).all()
 
 
@@ -198,7 +200,7 @@ def test_a_real_short_log_labels_the_very_frames_that_its_model_saw(real_shards,
 
 def check_label(label: dict[str, np.ndarray], word) -> None:
     path_m = np.array([word.position.x, word.position.y], np.float32).T
-    np.testing.assert_allclose(label["target_xy_m"].reshape(33, 2), path_m - path_m[0], atol=1e-4)
+    np.testing.assert_allclose(label["target_xy_m"].reshape(33, 2), path_m - [path_m[0, 0], 0], atol=1e-4)
     lines_m = np.array([np.stack([line.y, line.z], axis=1) for line in word.laneLines], np.float32)
     np.testing.assert_array_equal(label["scene_lane_lines_m"].reshape(4, 33, 2), lines_m)
     np.testing.assert_array_equal(label["scene_lane_line_prob"], np.array(word.laneLineProbs, np.float32))

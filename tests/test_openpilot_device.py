@@ -88,7 +88,8 @@ MAKERS = {
 def test_turning_is_taken_to_calib_and_left_is_positive(tmp_path, kind):
     name, body = MAKERS[kind]
     at_us = made.BOOT_US + np.arange(9) * 250_000
-    bodies = [body(xyz, time_us) for xyz, time_us in zip(seen_by_the_device(TURNS), at_us, strict=True)]
+    turns = TURNS if kind == "cameraOdometry" else seen_by_the_device(TURNS)  # what the camera sees is in calib
+    bodies = [body(xyz, time_us) for xyz, time_us in zip(turns, at_us, strict=True)]
     log = log_of(tmp_path, event("liveCalibration", calibration(RPY)), every(name, bodies))
     # Only the camera's own events carry another time than the log's: that of their picture.
     seen_us = at_us - 41_000 if kind == "cameraOdometry" else at_us
@@ -112,7 +113,7 @@ def test_the_best_source_wins_even_if_it_starts_a_little_later_but_not_if_it_mis
     late = [live_pose((0, 0, -2), valid=i >= 40) for i in range(80)]
     log = log_of(tmp_path, camera, every("livePose", late))
     assert set(log.device.yaw_rate.yaw_rate_radps) == {1.0}
-    assert log.facts["yaw_rate"] == "cameraOdometry.rot in the device frame, 19.8 s of 19.8 s"
+    assert log.facts["yaw_rate"] == "cameraOdometry.rot in the calib frame, 19.8 s of 19.8 s"
     holes = [live_pose((0, 0, -2), valid=i < 8 or i > 70) for i in range(80)]  # spans all, and covers little of it
     assert set(log_of(tmp_path, camera, every("livePose", holes)).device.yaw_rate.yaw_rate_radps) == {1.0}
 
@@ -203,13 +204,14 @@ def frames_known_by_id(tmp_path: Path, *extra: bytes) -> DriveLog:
 
 def test_a_logged_model_gets_the_true_time_of_the_frame_that_it_saw(tmp_path):
     late = event("modelV2", model(12, shift=1.0), made.BOOT_US + 60_000_000)  # logged when it was ready
-    log = frames_known_by_id(tmp_path, late, event("modelV2", model(7), made.BOOT_US + 70_000_000))
+    unsure = model(7)
+    unsure["position"] = {axis: unsure["position"][axis] for axis in "xyz"}  # of its scales nothing is read
+    log = frames_known_by_id(tmp_path, late, event("modelV2", unsure, made.BOOT_US + 70_000_000))
     seen = log.device.model
     np.testing.assert_array_equal(seen.timestamp_us, made.frame_times_us(FRAMES)[[5, 10]])
     points = np.arange(33)
     np.testing.assert_allclose(seen.path_m[0], np.stack([points, points / 10, points / 20], axis=1))
     np.testing.assert_allclose(seen.path_m[1, :, 0], points + 1)
-    np.testing.assert_allclose(seen.path_std_m[0, :, 2], points / 100 + 2, rtol=1e-6)
     np.testing.assert_allclose(seen.lane_lines_m[0, 3], np.stack([points * 0 + 3, points / 10 + 3], axis=1), rtol=1e-6)
     np.testing.assert_allclose(seen.lane_line_prob[0], [0.1, 0.2, 0.3, 0.4])
     np.testing.assert_allclose(seen.road_edges_m[0, :, 0, 0], [-5, -4])

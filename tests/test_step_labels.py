@@ -67,7 +67,7 @@ def test_the_car_teaches_the_path_that_it_drove():
 
 def logged_model(timestamp_us) -> LoggedModel:
     rng = np.random.default_rng(len(timestamp_us))
-    shapes = [(33, 3), (33, 3), (4, 33, 2), (4,), (2, 33, 2), (3, 4), (3,)]
+    shapes = [(33, 3), (4, 33, 2), (4,), (2, 33, 2), (3, 4), (3,)]
     said = [rng.normal(size=(len(timestamp_us), *shape)).astype(np.float32) for shape in shapes]
     return LoggedModel(np.asarray(timestamp_us, np.int64), *said)
 
@@ -94,7 +94,7 @@ def test_the_cars_model_is_matched_by_the_true_time_of_its_frame(at, logged):
     assert labels.num_points.tolist() == [33 if found else 0 for found in rows]
     for step, found in enumerate(rows):
         path = model.path_m[found[0]] if found else np.zeros((33, 3), np.float32)
-        np.testing.assert_array_equal(labels.xy_m[step], path[:, :2] - path[0, :2])
+        np.testing.assert_array_equal(labels.xy_m[step], path[:, :2] - np.float32([path[0, 0], 0]))
         for field in fields(Scene)[1:]:
             said, expected = getattr(labels.scene, field.name)[step], getattr(model, field.name)
             np.testing.assert_array_equal(said, expected[found[0]] if found else 0 * expected[0])
@@ -109,7 +109,8 @@ def test_a_log_without_a_model_names_the_remedy(device):
 def test_a_models_path_is_moved_to_begin_at_the_camera_and_keeps_its_shape():
     path_m = logged_model([0, 1]).path_m
     moved = from_the_camera(path_m)
-    assert (moved[:, 0] == 0).all()
+    assert (moved[:, 0, 0] == 0).all()
+    assert (moved[:, :, 1] == path_m[:, :, 1]).all()
     np.testing.assert_allclose(np.diff(moved, axis=1), np.diff(path_m[:, :, :2], axis=1), atol=1e-6)
 
 

@@ -129,11 +129,12 @@ def logged_phase_us(recording: Recording, frame_us: Int64Array, *, period_us: in
 
 
 def from_the_camera(path_m: Float32Array) -> Float32Array:
-    """Return x and y (n, 33, 2) of a driving model's paths (n, 33, 3), moved to begin where the camera is.
+    """Return x and y (n, 33, 2) of a driving model's paths (n, 33, 3), moved along x to begin where the camera is.
 
     openpilot's plans begin up to 1.5 m behind or before it; driven paths, which they are compared with, begin at it.
+    y stays: the model's lanes lie beside it, and moved it is further from where the car went (on the real segment).
     """
-    return path_m[:, :, :2] - path_m[:, :1, :2]
+    return np.stack([path_m[:, :, 0] - path_m[:, :1, 0], path_m[:, :, 1]], axis=2)
 
 
 def desire_pulses(log: DesireLog | None, instants_us: Int64Array) -> Int64Array:

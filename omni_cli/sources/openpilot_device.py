@@ -19,6 +19,7 @@ _TURN_KINDS = {
     "cameraOdometry": "cameraOdometry.rot",
 }
 _CAR_TURN = "carState.yawRate"
+_OF_A_DEVICE = ("livePose", "liveLocationKalman")  # the camera's odometry is in calib (openpilot's locationd turns it)
 _LEAST_COVER = 0.9  # of the time that the most complete source covers: a filter that starts late is still the best
 _LONGEST_GAP_US = MICROSECONDS_PER_SECOND  # between samples of one source; what is longer is not covered
 _DESIRES: Mapping[str, Callable[[Any], int]] = {
@@ -74,24 +75,25 @@ def _mount_log(rows: Iterable[Row]) -> MountLog | None:
 
 
 def _yaw_rate_log(events: LogEvents, mount: MountLog | None) -> tuple[YawRateLog | None, str]:
-    found = {_TURN_KINDS[kind]: _device_turn(events.rows[kind], mount) for kind in _TURN_KINDS}
+    mounts = {kind: mount if kind in _OF_A_DEVICE else None for kind in _TURN_KINDS}
+    found = {_TURN_KINDS[kind]: _turn(events.rows[kind], mounts[kind]) for kind in _TURN_KINDS}
     found[_CAR_TURN] = _car_turn(events.rows["carState"])
     covered_s = {source: _covered_s(log.timestamp_us) for source, log in found.items()}
     most_s = max(covered_s.values())
     if most_s == 0:
         return None, "none"
     best = next(source for source in found if covered_s[source] >= _LEAST_COVER * most_s)
-    frame = "device" if mount is None and best != _CAR_TURN else "calib"
+    frame = "device" if mount is None and best.split(".")[0] in _OF_A_DEVICE else "calib"
     return found[best], f"{best} in the {frame} frame, {covered_s[best]:.1f} s of {most_s:.1f} s"
 
 
-def _device_turn(rows: Iterable[Row], mount: MountLog | None) -> YawRateLog:
-    """Turn angular velocities to calib by where the device settled; z is down there, so that a left turn is -z."""
+def _turn(rows: Iterable[Row], mount: MountLog | None) -> YawRateLog:
+    """Return angular velocities, turned to calib by where the device settled; z is down, so that a left turn is -z."""
     kept = [row for row in rows if row.is_valid and row.values.is_valid and _is_vector(row.values.xyz_radps, 3)]
     time_us, first = _times_us(row.time_ns if row.values.time_ns is None else row.values.time_ns for row in kept)
-    device_radps = np.array([row.values.xyz_radps for row in kept], dtype=np.float64).reshape(-1, 3)[first]
+    turn_radps = np.array([row.values.xyz_radps for row in kept], dtype=np.float64).reshape(-1, 3)[first]
     device_R_calib = np.eye(3) if mount is None else mount.device_R_calib(mount.settled_row)
-    return YawRateLog(time_us, -(device_radps @ device_R_calib)[:, 2])
+    return YawRateLog(time_us, -(turn_radps @ device_R_calib)[:, 2])
 
 
 def _car_turn(rows: Iterable[Row]) -> YawRateLog:
@@ -139,7 +141,6 @@ def _logged_model(
     return LoggedModel(
         timestamp_us=np.array(time_us, dtype=np.int64),
         path_m=parts["path_m"].swapaxes(-1, -2),
-        path_std_m=parts["path_std_m"].swapaxes(-1, -2),
         lane_lines_m=parts["lane_lines_m"].swapaxes(-1, -2),
         lane_line_prob=parts["lane_line_prob"],
         road_edges_m=parts["road_edges_m"].swapaxes(-1, -2),
