@@ -3,7 +3,6 @@
 Exit codes: 0 done, 1 failed, 2 wrong usage or config, 3 data refused, 75 pre-empted but saved, 130 interrupted.
 """
 
-import errno
 import json
 import os
 import sys
@@ -15,19 +14,9 @@ import typer
 
 from omni_cli import SCHEMA_VERSION
 from omni_cli.commands import app
-from omni_cli.errors import OmniError
+from omni_cli.errors import OmniError, refused_by_machine
 
 INTERRUPTED = 130
-# What the machine refuses is no bug of ours wherever it happens.
-_REMEDIES = {
-    errno.EROFS: "choose another folder",
-    errno.EACCES: "choose another folder, or ask for the right to it",
-    errno.EPERM: "choose another folder, or ask for the right to it",
-    errno.ENOTDIR: "a folder was expected there; choose another",
-    errno.EISDIR: "a file was expected there; choose another",
-    errno.ENOSPC: "free the disk and run the same command again",
-    errno.EDQUOT: "free some of your quota and run the same command again",
-}
 
 
 def main() -> None:
@@ -63,8 +52,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _unforeseen(error: Exception, as_json: bool) -> int:
-    if isinstance(error, OSError) and error.errno in _REMEDIES:
-        what = f"{error.filename or 'a file'}: {str(error.strerror).lower()}; {_REMEDIES[error.errno]}"
+    if isinstance(error, OSError) and (what := refused_by_machine(error)):
         return _fail("OSError", what, 1, as_json)
     traceback.print_exc()
     return _fail(type(error).__name__, f"this is a bug in omni: {error}", 1, as_json)

@@ -8,6 +8,31 @@
 Every message says what was found, what was expected and what to do, in one line.
 """
 
+import errno
+
+# What the machine refuses is no bug of ours wherever it happens.
+_REMEDIES = {
+    errno.EROFS: "choose another folder",
+    errno.EACCES: "choose another folder, or ask for the right to it",
+    errno.EPERM: "choose another folder, or ask for the right to it",
+    errno.ENOTDIR: "a folder was expected there; choose another",
+    errno.EISDIR: "a file was expected there; choose another",
+    errno.ENOSPC: "free the disk and run the same command again",
+    errno.EDQUOT: "free some of your quota and run the same command again",
+    errno.EIO: "the disk failed; choose another folder, or mend it and run the same command again",
+}
+
+
+def refused_by_machine(error: OSError, place: object = "a file") -> str | None:
+    """Return the line for what a disk or its rights refuse, None for any other error.
+
+    Args:
+        error: as it was raised.
+        place: what was written, where the error does not say.
+    """
+    remedy = _REMEDIES.get(error.errno or 0)
+    return f"{error.filename or place}: {str(error.strerror).lower()}; {remedy}" if remedy else None
+
 
 class OmniError(Exception):
     """Base of every error whose message is written for the user."""

@@ -49,7 +49,7 @@ def nan(columns):
         ("bench nothing --profile cpu-tiny", "nothing to measure called 'nothing'; known: "),
         (
             "bench export --profile cpu-tiny",
-            "no run of this profile with an ONNX export; make one with: omni export --format onnx",
+            "no run of recipe vlm, model tiny:qwen2_5_vl, tuned in full is here; name one with --run NAME",
         ),
     ],
 )
@@ -65,7 +65,7 @@ def test_an_empty_shard_folder_is_refused(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     code, said = said_by(f"train --profile cpu-tiny --data {tmp_path} --shards {tmp_path / 'empty'}", capsys)
     assert (code, said.count("\n")) == (3, 1)
-    assert re.match(r"error: .*empty, it has no manifest\.json; finish it with: omni etl --out ", said)
+    assert re.match(r"error: .*empty, it has no manifest\.json; finish it with the same omni etl, and --out ", said)
 
 
 @pytest.mark.parametrize("manifest", ["[]", '"vlm"', "3"])

@@ -1,11 +1,15 @@
 """`omni bench`: on what it measures, that its parts add up, and that nothing of it is left behind."""
 
 import itertools
+import json
+import shutil
 import tempfile
 
 import pytest
 import torch
 
+from omni_cli.__main__ import run
+from omni_cli.files import read_json, write_json
 from omni_cli.report import Console
 from omni_cli.samples.dataset import ALL, WindowDataset
 from omni_cli.samples.shards import open_shards
@@ -15,6 +19,7 @@ from omni_cli.stages.bench.steps import Cycled
 from omni_cli.stages.bench.timing import Line, Timing, measure
 from omni_cli.stages.etl import ensure_sidecar
 from omni_cli.stages.export import ExportRequest, export
+from omni_cli.stages.runs import finished_runs
 from tests.support.pipeline import QUIET, make_run, tiny_recipe, write_synthetic
 
 
@@ -63,6 +68,42 @@ def test_in_an_empty_folder_it_makes_a_drive_says_so_and_leaves_nothing(tmp_path
     assert list(result["parts"]) == ["etl", "loader", "train", "infer"]
     assert "untrained" in result["parts"]["infer"]["on"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_newer_run_of_other_settings_does_not_hide_the_one_that_fits(made):
+    newer = made.run.folder.with_name("newer")
+    shutil.copytree(made.run.folder, newer)
+    manifest = read_json(newer / "run.json")
+    write_json(newer / "run.json", {**manifest, "settings": {**manifest["settings"], "model": "another"}})
+    (newer / "final.receipt.json").touch()
+    assert finished_runs(newer.parent) == [newer, made.run.folder]
+    assert bench(made.recipe, ask(made, "export", repeats=1), QUIET)["parts"]["export"]["on"].startswith(
+        str(made.run.folder)
+    )
+    shutil.rmtree(newer)
+
+
+def test_a_named_run_is_measured_as_it_was_trained(made, capsys):
+    words = ["bench", "infer", "--run", made.run.folder.name, "--runs", str(made.run.folder.parent), "--repeats", "1"]
+    assert run([*words, "--data", str(made.data), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["recipe"], said["parts"]["infer"]["on"].split(",")[0]) == ("vlm", f"run {made.run.folder}")
+    assert run([*words, "--profile", "cpu-tiny"]) == 2
+    assert "--run measures with the run's own settings; leave out --profile" in capsys.readouterr().err
+
+
+def test_without_an_export_it_says_which_run_and_what_to_do(made, capsys):
+    words = ["bench", "export", "--run", made.run.folder.name, "--runs", str(made.run.folder.parent)]
+    hidden = made.run.folder / "export.hidden"
+    (made.run.folder / "export").rename(hidden)
+    assert run(words) == 2
+    hidden.rename(made.run.folder / "export")
+    name = made.run.folder.name
+    assert f"{name} has no ONNX export of its weights; make one: omni export {name}" in capsys.readouterr().err
+    words = ["bench", "export", "--profile", "cpu-tiny", "--set", "hypotheses=2", "--recipe", "distill"]
+    assert run([*words, "--runs", str(made.run.folder.parent)]) == 2
+    said = "no run of recipe distill, model tiny:convnextv2, tuned in full is here; name one with --run NAME, or"
+    assert said in capsys.readouterr().err
 
 
 def test_data_of_other_cameras_are_not_measured_on(made, capsys):

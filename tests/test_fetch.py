@@ -276,6 +276,7 @@ def test_selection():
         with pytest.raises(UsageError, match=r"--chunks"):
             parse_chunks(text, known)
     assert camera_names("4-cam") == CAMERA_SETS["4-cam"]
+    assert camera_names("fcamera", "openpilot") == ("fcamera",)
     assert camera_names(" camera_rear_tele_30fov ,1-cam") == ("camera_rear_tele_30fov", "camera_front_wide_120fov")
     with pytest.raises(UsageError, match="did you mean 'camera_front_wide_120fov'"):
         camera_names("camera_front_wide_120")
@@ -356,15 +357,15 @@ def test_every_layout_of_routes_lands_in_one(tmp_path):
     for number, path in enumerate((*places, *others)):
         (origin / path).parent.mkdir(parents=True, exist_ok=True)
         (origin / path).write_bytes(b"content %d" % number)
-    result = get(tmp_path, source="openpilot", chunks=None, origin=origin)
+    result = get(tmp_path, source="openpilot", chunks=None, cameras=(), origin=origin)
     folder = tmp_path / "raw" / "openpilot"
     assert tree(folder) == {place: tree(origin)[path] for path, place in places.items()}
     assert len(result["segments"]) == result["fetched"] == 6
     assert all(files.verified_receipt(Path(path)) for path in result["paths"])
-    assert get(tmp_path, source="openpilot", chunks=None, origin=origin)["fetched"] == 0
+    assert get(tmp_path, source="openpilot", chunks=None, cameras=(), origin=origin)["fetched"] == 0
     changed = origin / next(iter(places))
     changed.write_bytes(b"Content 0")
-    assert get(tmp_path, source="openpilot", chunks=None, origin=origin)["fetched"] == 1
+    assert get(tmp_path, source="openpilot", chunks=None, cameras=(), origin=origin)["fetched"] == 1
     assert segment_place(folder / places[f"realdata/{LOGS[1]}--4/ecamera.hevc"]).parts[0] == "unknown"
 
 
@@ -375,23 +376,23 @@ def test_routes_that_escape_collide_or_are_none(tmp_path):
     (tmp_path / "secret").write_text("secret")
     (segment / "qlog").symlink_to(tmp_path / "secret")
     with pytest.raises(DataError, match=r"routes: found .*; expected segments like"):
-        get(tmp_path, source="openpilot", chunks=None, origin=origin)
+        get(tmp_path, source="openpilot", chunks=None, cameras=(), origin=origin)
     (segment / "qcamera.ts").write_text("one")
-    assert get(tmp_path, source="openpilot", chunks=None, origin=origin)["links_not_followed"] == 1
+    assert get(tmp_path, source="openpilot", chunks=None, cameras=(), origin=origin)["links_not_followed"] == 1
     twin = origin / f"{DONGLE}_{LOGS[0]}--0"
     twin.mkdir()
     (twin / "qcamera.ts").write_text("two")
     with pytest.raises(DataError, match=r"both qcamera.ts of .*--0 and differ; keep one"):
-        get(tmp_path, source="openpilot", chunks=None, origin=origin)
+        get(tmp_path, source="openpilot", chunks=None, cameras=(), origin=origin)
     with pytest.raises(DataError, match="nowhere: found no such folder; expected segments"):
-        get(tmp_path, source="openpilot", chunks=None, origin=tmp_path / "nowhere")
+        get(tmp_path, source="openpilot", chunks=None, cameras=(), origin=tmp_path / "nowhere")
 
 
 @pytest.mark.real_data
 @pytest.mark.skipif("OMNI_REAL_DATA" not in os.environ, reason="OMNI_REAL_DATA is not set")
 def test_the_real_route_is_imported_and_opens(tmp_path):
     route = Path(os.environ["OMNI_REAL_DATA"]) / "comma_demo_route"
-    result = get(tmp_path, source="openpilot", chunks=None, origin=route)
+    result = get(tmp_path, source="openpilot", chunks=None, cameras=(), origin=route)
     assert result["segments"] == ["a2a0ccea32023010/2023-07-27--13-01-19--0"]
     assert [Path(path).name for path in result["paths"]] == ["qcamera.ts", "qlog.bz2"]
     assert len(open_source("openpilot", tmp_path / "raw" / "openpilot").recordings()) == 1
@@ -463,3 +464,12 @@ def test_the_fetch_table_of_omni_run_draws_the_same_world_as_omni_fetch() -> Non
     assert fetch_request(FetchSettings(), Path("d")).chunks == "2"
     asked = fetch_request(FetchSettings(rig="b", clutter=0.5, seed=3, size="96x54", roads="winding"), Path("d"))
     assert asked.synthetic == SyntheticSpec(rig="b", clutter=0.5, seed=3, width_px=96, height_px=54, roads="winding")
+
+
+@pytest.mark.parametrize("source", ["openpilot", "comma2k19"])
+@pytest.mark.parametrize("asked", [{"chunks": "2"}, {"clips": ("xxx",)}, {"cameras": ("fcamera",)}])
+def test_no_part_is_chosen_of_what_is_imported_whole(tmp_path, source, asked):
+    (option,) = asked
+    with pytest.raises(UsageError, match=rf"--{option}: {source} segments are imported whole, .*; leave it out"):
+        fetch(FetchRequest(source, tmp_path / "data", origin=tmp_path, **asked), Console(quiet=True))
+    assert not (tmp_path / "data").exists()

@@ -1,5 +1,6 @@
 """Qwen-VL models: rope ids, batches, adapters, and the checks that guard them."""
 
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -167,7 +168,7 @@ def test_an_adapter_starts_as_its_base_and_sits_on_the_language_model_alone(fami
 def test_trainable_count_of_a_published_model() -> None:
     """Qwen2.5-VL-7B with r=16 on q,k,v,o: 16 x 28 x (2 (3584 + 3584) + 2 (3584 + 512))."""
     vlm = Vlm(model="Qwen/Qwen2.5-VL-7B-Instruct", tune={"rank": 16, "alpha": 32})
-    total, trainable, weight_bytes = vlm.size(vlm.preprocess())
+    total, trainable, weight_bytes, _ = vlm.size(vlm.preprocess())
     assert trainable == 16 * 28 * (2 * (3584 + 3584) + 2 * (3584 + 512)) == 10_092_544
     assert total == 8_292_166_656
     assert weight_bytes == 2 * total
@@ -329,12 +330,27 @@ def test_a_base_is_known_by_its_weights_its_configuration_or_its_commit(tmp_path
     assert qwen_vl.weights_fingerprint("org/vlm") == f"org/vlm@{commit}"
 
 
+def test_a_base_that_is_none_says_what_it_is(tmp_path) -> None:
+    for folder in ("adapter", "run/final"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "adapter" / "adapter_config.json").touch()
+    for name, said in {
+        "adapter": "is an adapter, and no base; fold it in with: omni merge",
+        "run": f"is a run; its weights are in {tmp_path / 'run' / 'final'}",
+        "absent": ": no such folder here; expected a folder with weights, or a hub id such as",
+    }.items():
+        with pytest.raises(UsageError, match=re.escape(f"model '{tmp_path / name}'") + ".*" + re.escape(said)):
+            qwen_vl.weights_fingerprint(str(tmp_path / name))
+    with pytest.raises(UsageError, match="model 'runs/absent/final': no such folder here"):
+        qwen_vl.weights_fingerprint("runs/absent/final")
+
+
 def test_four_bits_are_counted_for_what_is_quantised_alone() -> None:
     """Qwen3-VL-8B: 36 layers of 7 matrices in NF4; embeddings, head and tower in 16 bits."""
     plain = Vlm(model="Qwen/Qwen3-VL-8B-Instruct")
-    total, _, sixteen = plain.size(plain.preprocess())
+    total, _, sixteen, _ = plain.size(plain.preprocess())
     quantised = 36 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 12288)
-    _, _, four = plain.model_copy(update={"quantization": "nf4"}).size(plain.preprocess())
+    _, _, four, _ = plain.model_copy(update={"quantization": "nf4"}).size(plain.preprocess())
     assert sixteen == 2 * total
     assert four == pytest.approx(2 * (total - quantised) + 0.5159 * quantised, rel=1e-4)
 

@@ -184,7 +184,7 @@ def test_a_sample_that_is_too_long_is_refused_never_cut(tmp_path, shards) -> Non
 
 def test_an_empty_shard_folder_is_refused(tmp_path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"empty, it has no manifest\.json; finish it with: omni etl"):
+    with pytest.raises(DataError, match=r"empty, it has no manifest\.json; finish it with the same omni etl"):
         train(tiny_recipe(), request(tmp_path / "empty", tmp_path), QUIET)
 
 

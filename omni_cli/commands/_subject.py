@@ -1,6 +1,6 @@
-"""Who `omni infer` asks: a run, a model folder, or the base model of a profile."""
+"""Who `omni infer` asks and what `omni bench` measures: a run, a model folder, or what a profile leads to."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +8,9 @@ from omni_cli.commands._compose import DEFAULT_RECIPE, choose_profile, compose_r
 from omni_cli.errors import UsageError
 from omni_cli.recipes import recipe_class
 from omni_cli.report import Console
+from omni_cli.stages import runs as run_folders
 from omni_cli.stages.infer import Subject, subject_of_base, subject_of_model, subject_of_run
 from omni_cli.stages.models import open_model
-from omni_cli.stages.runs import has_finished
 
 
 def open_subject(
@@ -28,10 +28,41 @@ def open_subject(
             raise UsageError(f"--model {model} is asked as it is; leave out --profile and --set")
         opened = open_model(Path(model))
         return opened.recipe_settings(recipe_class(opened.card.recipe)), subject_of_model(opened)
-    if not (model or profile or sets) and (run is not None or has_finished(runs)):
+    if not (model or profile or sets) and (run is not None or run_folders.finished_runs(runs)):
         recipe, trained = open_run(run, runs, console)
         return recipe, subject_of_run(trained)
     chosen = choose_profile(profile, console, dry_run=False)
     words = [*sets, f'model="{model}"'] if model else sets
     recipe = compose_recipe(DEFAULT_RECIPE, chosen, sets=words).value
     return recipe, subject_of_base(recipe)
+
+
+def bench_subject(
+    run: Path | None, runs: Path, asked: Mapping[str, Any], console: Console
+) -> tuple[Any, str, run_folders.Run | None]:
+    """Return a recipe, the name of its profile, and the run that was named.
+
+    Args:
+        run: whose settings are measured; None: those of a profile.
+        runs: the folder of runs; the newest says which recipe, unless one is asked for.
+        asked: values of --profile, --recipe, --config and --set; None means not given.
+        console: says which profile was chosen.
+
+    Raises:
+        UsageError: a run is named and settings are as well, or what is named is not there.
+        DataError: the run is not finished.
+    """
+    if run is not None:
+        if given := [option for option, value in asked.items() if value]:
+            raise UsageError(f"--run measures with the run's own settings; leave out {', '.join(given)}")
+        recipe, opened = open_run(run, runs, console)
+        return recipe, opened.manifest.profile, opened
+    chosen = choose_profile(asked["--profile"], console, dry_run=False)
+    name = asked["--recipe"] or _newest_recipe(runs)
+    recipe = compose_recipe(name, chosen, config=asked["--config"], sets=asked["--set"]).value
+    return recipe, chosen.name, None
+
+
+def _newest_recipe(runs: Path) -> str:
+    finished = run_folders.finished_runs(runs)
+    return run_folders.open_run(finished[0]).manifest.recipe if finished else DEFAULT_RECIPE

@@ -18,7 +18,12 @@ def command(
     profile: ProfileName = None,
     config: ConfigFile = None,
     sets: Sets = None,
-    recipe: Annotated[str, typer.Option(metavar="NAME", help="What would be learned.")] = "vlm",
+    recipe: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What would be learned. [default: as the newest run]")
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option(metavar="NAME", help="Measure with the settings of this run, and its export.")
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="How often each piece of work is timed.")] = 5,
     teacher: Annotated[
         str | None,
@@ -39,13 +44,13 @@ def command(
     in torch, its ONNX programs on every provider that ONNX Runtime has here, and its teacher's; by batch size, host to
     host and device only.
     """
-    from omni_cli.commands._compose import choose_profile, compose_recipe
+    from omni_cli.commands._subject import bench_subject
     from omni_cli.config import comma_list
     from omni_cli.report import Console
     from omni_cli.stages.bench import BenchRequest, bench
 
     console = Console(quiet=quiet, json_output=json)
-    chosen = choose_profile(profile, console, dry_run=False)
-    settings = compose_recipe(recipe, chosen, config=config, sets=sets).value
     files = tuple(Path(name).expanduser() for name in comma_list(teacher or ""))
-    console.finish(bench(settings, BenchRequest(part, data, runs, chosen.name, repeats, files), console))
+    asked = {"--profile": profile, "--recipe": recipe, "--config": config, "--set": sets}
+    settings, name, opened = bench_subject(run, runs, asked, console)
+    console.finish(bench(settings, BenchRequest(part, data, runs, name, repeats, files, opened), console))

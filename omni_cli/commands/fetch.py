@@ -50,7 +50,7 @@ def command(
     from omni_cli.stages.fetch import FetchRequest, SyntheticSpec, camera_names, fetch, parse_size
 
     console = Console(quiet=quiet, json_output=json)
-    names = camera_names(cameras) if cameras else ()
+    names = camera_names(cameras, source) if cameras else ()
     world = SyntheticSpec(seed, clips_per_chunk, seconds, fps, *parse_size(size), rig=rig, clutter=clutter, roads=roads)
     request = FetchRequest(
         source=source, data=data, chunks=chunks, clips=comma_list(clips or ""), cameras=names, origin=origin,

@@ -215,22 +215,37 @@ def weights_fingerprint(source: str) -> str:
     """Return a hash of the weights and the configuration in a local folder, or a hub id and its commit.
 
     Raises:
+        UsageError: it is a path, and no folder is there, or one that is no model.
         OmniError: the hub cannot be reached and its cache does not hold the model, or the folder has no safetensors.
     """
     folder = Path(source)
     if not folder.is_dir():
+        _check_hub_id(source)
         return f"{source}@{_hub_commit(source)}"
+    if (folder / "adapter_config.json").is_file():
+        raise UsageError(
+            f"model {source!r} is an adapter, and no base; fold it in with: omni merge, and name that folder"
+        )
+    if (folder / "final").is_dir():
+        raise UsageError(f"model {source!r} is a run; its weights are in {folder / 'final'}")
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise OmniError(f"model {source!r}: the folder holds no *.safetensors; pickled weights are never loaded")
     return files.hash_json({path.name: files.sha256_of(path) for path in [*weights, folder / "config.json"]})
 
 
+def _check_hub_id(source: str) -> None:
+    if source.startswith((".", "/", "~")) or source.count("/") > 1 or source.endswith("/"):
+        raise UsageError(f"model {source!r}: no such folder here; expected a folder with weights, or a hub id such as "
+                         "ORGANISATION/NAME")  # fmt: skip
+
+
 def _hub_commit(model: str) -> str:
     try:
         return str(extract_commit_hash(cached_file(model, "config.json"), None))
     except OSError as error:
-        raise OmniError(f"cannot find model {model!r}: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        raise OmniError(f"model {model!r}: no such folder here, and not from the hub: {reason}") from None
 
 
 def _nf4(dtype: torch.dtype) -> Any:

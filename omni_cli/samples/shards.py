@@ -126,7 +126,7 @@ class ShardSet:
         ]
 
 
-_REMAKE = "finish it with: omni etl --out {}"
+_REMAKE = "finish it with the same omni etl, and --out {}"
 
 
 def recording_folder(folder: Path, recording_id: str) -> Path:

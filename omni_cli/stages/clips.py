@@ -15,6 +15,7 @@ from omni_cli.sources.quarantine import QUARANTINE_FILE, read_quarantine
 from omni_cli.sources.video_file import video_recording
 from omni_cli.stages import locate
 
+_IDS_SHOWN = 5
 _VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".ts")
 
 
@@ -90,15 +91,30 @@ def _file_clip(path: Path, preprocess: Preprocess, *, tiled: bool) -> Clip:
 def _recording_clip(recording_id: str, preprocess: Preprocess, data: Path, *, tiled: bool) -> Clip:
     if tiled:
         raise UsageError(f"--tiled: no video file {recording_id}; a mosaic is a file")
+    known: list[str] = []
     for source, folder in _raw_folders(data):
         reader = open_source(source, folder)
-        if any(ref.id == recording_id for ref in reader.recordings()):
-            _check_not_set_aside(recording_id, folder)
-            return Clip(recording_id, partial(reader.open, recording_id, preprocess.cameras))
+        ids = [ref.id for ref in reader.recordings()]
+        if found := _meant(recording_id, ids):
+            _check_not_set_aside(found, folder)
+            return Clip(found, partial(reader.open, found, preprocess.cameras))
+        known += ids
     raise UsageError(
         f"no video file {recording_id}, and no recording of that id under {data}; "
-        "give a clip such as clip.mp4, or an id that `omni audit` lists"
+        f"give a clip such as clip.mp4, or an id: {_listed(known)}"
     )
+
+
+def _meant(word: str, ids: Sequence[str]) -> str | None:
+    """Return the id that a word is; a route may be called as openpilot does, or by its log alone if one has it."""
+    plain = word.replace("|", "_").replace("/", "_")
+    ending = [one for one in ids if one.endswith(f"_{plain}")]
+    return plain if plain in ids else ending[0] if len(ending) == 1 else None
+
+
+def _listed(ids: Sequence[str]) -> str:
+    more = f" and {len(ids) - _IDS_SHOWN} more" if len(ids) > _IDS_SHOWN else ""
+    return (", ".join(sorted(ids)[:_IDS_SHOWN]) or "there is none") + more
 
 
 def _check_not_set_aside(recording_id: str, folder: Path) -> None:

@@ -110,7 +110,7 @@ def fetch_request(settings: FetchSettings, data: Path) -> FetchRequest:
         data=data,
         chunks=settings.chunks or (_SYNTHETIC_CHUNKS if settings.source == "synthetic" else None),
         clips=settings.clips,
-        cameras=camera_names(settings.cameras) if settings.cameras else (),
+        cameras=camera_names(settings.cameras, settings.source) if settings.cameras else (),
         origin=Path(settings.origin) if settings.origin else None,
         max_gb=settings.max_gb,
         workers=settings.workers,

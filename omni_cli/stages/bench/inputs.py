@@ -16,7 +16,7 @@ from omni_cli.scene.recording import Recording
 from omni_cli.sources import open_source
 from omni_cli.stages import locate, runs
 from omni_cli.stages.etl import EtlRequest, etl
-from omni_cli.stages.train import check_fit
+from omni_cli.stages.fitting import check_fit
 from omni_cli.world.clip import SyntheticSpec
 from omni_cli.world.dataset import render_clip, write_chunk, write_indices
 
@@ -46,13 +46,14 @@ class Inputs:
         *,
         console: Console,
         teacher: tuple[Path, ...] = (),
+        run: runs.Run | None = None,
     ) -> None:
         self.recipe = recipe
         self.preprocess: Preprocess = recipe.preprocess()
         self.work = work
         self.console = console
         self.teacher = teacher  # ONNX files that the user named
-        self._data, self._runs = data, runs_folder
+        self._data, self._runs, self._named = data, runs_folder, run
 
     @cached_property
     def found(self) -> Found:
@@ -86,13 +87,17 @@ class Inputs:
 
     @cached_property
     def run(self) -> runs.Run | None:
-        """The newest finished run of this very recipe, model and preprocessing; None where there is none."""
-        if not runs.has_finished(self._runs):
-            return None
-        run = runs.open_finished(runs.choose_run(None, self._runs))
+        """The run that was named, or the newest of this very recipe, model and preprocessing; None if there is none."""
+        if self._named is not None:
+            return self._named
+        fitting = (folder for folder in runs.finished_runs(self._runs) if self._fits(runs.open_run(folder)))
+        newest = next(fitting, None)
+        return runs.open_finished(newest) if newest else None
+
+    def _fits(self, run: runs.Run) -> bool:
         manifest, ours = run.manifest, self.recipe.model_dump(mode="json")
         fits = manifest.recipe == self.recipe.name and manifest.preprocess == self.preprocess
-        return run if fits and all(manifest.settings[key] == ours[key] for key in ("model", "tune")) else None
+        return fits and all(manifest.settings[key] == ours[key] for key in ("model", "tune"))
 
     def _cut(self) -> ShardSet:
         found = self.found

@@ -70,7 +70,7 @@ def bench_export(inputs: Inputs, repeats: int) -> Part:
     """
     folder, run = find_export(inputs), inputs.run
     if folder is None or run is None:
-        raise UsageError("no run of this profile with an ONNX export; make one with: omni export --format onnx")
+        raise UsageError(_no_export(inputs))
     card, rounds = files.read_json(folder / models.ONNX_CARD), repeats * ROUNDS
     teacher, no_teacher = _teacher_files(inputs)
     left_out: set[str] = set()
@@ -94,6 +94,14 @@ def bench_export(inputs: Inputs, repeats: int) -> Part:
     )
     lines += [whole for whole in wholes if whole not in lines]
     return Part("export", on, tuple(lines), _ratios(wholes, baseline), settings)
+
+
+def _no_export(inputs: Inputs) -> str:
+    recipe = inputs.recipe
+    if inputs.run is not None:
+        return f"run {inputs.run.folder} has no ONNX export of its weights; make one: omni export {inputs.run.name}"
+    settings = f"recipe {recipe.name}, model {recipe.model}, tuned in {recipe.tune.mode}"
+    return f"no run of {settings} is here; name one with --run NAME, or make it with: omni train"
 
 
 def find_export(inputs: Inputs) -> Path | None:

@@ -18,6 +18,7 @@ from omni_cli.stages.bench.inputs import Inputs
 from omni_cli.stages.bench.latency import bench_export, find_export
 from omni_cli.stages.bench.steps import bench_train
 from omni_cli.stages.bench.timing import Line, Part
+from omni_cli.stages.runs import Run
 
 PARTS: Mapping[str, Callable[[Inputs, int], Part]] = {
     "etl": bench_etl,
@@ -38,6 +39,7 @@ class BenchRequest:
     profile: str
     repeats: int = 5
     teacher: tuple[Path, ...] = ()  # its ONNX files, to be measured beside the run's; empty: those of the settings
+    run: Run | None = None  # whose settings the recipe has; None: the newest that has the recipe's
 
 
 def bench(recipe: Any, request: BenchRequest, console: Console) -> dict[str, Any]:
@@ -49,7 +51,9 @@ def bench(recipe: Any, request: BenchRequest, console: Console) -> dict[str, Any
     if request.part is not None and request.part not in PARTS:
         raise UsageError(f"nothing to measure called {request.part!r}; {nearest(request.part, PARTS)}")
     with TemporaryDirectory(prefix="omni-bench-") as work:
-        inputs = Inputs(recipe, request.data, request.runs, Path(work), console=console, teacher=request.teacher)
+        inputs = Inputs(
+            recipe, request.data, request.runs, Path(work), console=console, teacher=request.teacher, run=request.run
+        )
         parts = [_measure(name, inputs, request.repeats) for name in _chosen(request, inputs, console)]
     device, threads = _device(), torch.get_num_threads()
     title = f"{request.profile} on {device}, torch threads {threads}, {request.repeats} repeats"

@@ -107,6 +107,12 @@ def _check_refused(job: Job, units: tuple[Unit, ...], max_refused: float) -> Non
         )
 
 
+_TOO_FEW = {
+    "hash": "there are too few drives to split; fetch more, or use --split time",
+    "time": "the drives are too short for the window and for split.gap_s; lower one of them, or take longer drives",
+}
+
+
 def _say_result(manifest: Manifest, plan: Plan, console: Console) -> None:
     windows = ", ".join(f"{manifest.count(split)} {split}" for split in SPLITS)
     skew = f"{manifest.skew.median_us / 1000:.1f} ms median, {manifest.skew.max_us / 1000:.1f} ms at most"
@@ -119,7 +125,7 @@ def _say_result(manifest: Manifest, plan: Plan, console: Console) -> None:
         console.say(f"left out {plan.unassigned} recordings that the split file does not name")
     for split in SPLITS:
         if not manifest.count(split) and plan.split_rule != "file":  # a file says so on purpose
-            console.warn(f"no {split} window: there are too few drives to split; fetch more, or use --split time")
+            console.warn(f"no {split} window: {_TOO_FEW[plan.split_rule]}")
 
 
 def _facts(manifest: Manifest, plan: Plan) -> dict[str, Any]:

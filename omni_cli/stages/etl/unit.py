@@ -1,6 +1,5 @@
 """One recording: opened, decoded, cut, written with its receipts; or refused with a reason. Runs in a worker."""
 
-import errno
 import hashlib
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
@@ -10,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from omni_cli.errors import DataError, OmniError
+from omni_cli.errors import DataError, OmniError, refused_by_machine
 from omni_cli.files import hash_json, read_json, receipt_path, remove_leftovers, write_json
 from omni_cli.models.host_memory import keep_freed_blocks
 from omni_cli.samples.preprocess import Preprocess
@@ -28,7 +27,6 @@ from omni_cli.scene.recording import CameraStream, Recording
 from omni_cli.stages.etl.plan import Job, Unit
 
 REFUSAL_FILE = "refused.json"
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO}
 
 
 @dataclass(frozen=True)
@@ -53,9 +51,9 @@ def run_unit(job: Job, unit: Unit) -> UnitResult:
     except OmniError as error:
         return UnitResult("stopped", str(error))
     except OSError as error:
-        if error.errno not in _DISK_ERRORS:
+        if not (reason := refused_by_machine(error, folder)):
             raise
-        return UnitResult("stopped", f"{error.filename or folder}: {error.strerror}; free the disk and run again")
+        return UnitResult("stopped", reason)
 
 
 def refuse(job: Job, unit: Unit, reason: str) -> UnitResult:

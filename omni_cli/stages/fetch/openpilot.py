@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from omni_cli.errors import DataError
+from omni_cli.errors import DataError, UsageError
 from omni_cli.files import sha256_of
 from omni_cli.formats.openpilot import parse_segment_file
 from omni_cli.report import Console
@@ -37,9 +37,11 @@ def import_segments(
         expected: what a folder with segments looks like, for the error.
 
     Raises:
+        UsageError: a part of it is asked for.
         DataError: no segment is there, or two different files claim one place.
         OmniError: too little disk space, or a copy that differs.
     """
+    _check_whole(request)
     links: list[Path] = []
     pairs: dict[Path, Path] = {}
     for source in _walk(origin, links):
@@ -54,6 +56,16 @@ def import_segments(
     with request.held():
         result = copy_all(request, pairs, console)
     return {**result, "segments": segments, "links_not_followed": len(links)}
+
+
+def _check_whole(request: FetchRequest) -> None:
+    """Refuse to choose a part of what is imported whole."""
+    asked = {"--chunks": request.chunks, "--clips": request.clips, "--cameras": request.cameras}
+    if given := [option for option, value in asked.items() if value]:
+        raise UsageError(
+            f"{given[0]}: {request.source} segments are imported whole, with every camera; leave it out, and name a "
+            "folder that holds less with --from; etl --cameras chooses what is looked at"
+        )
 
 
 def segment_place(path: Path) -> Path | None:

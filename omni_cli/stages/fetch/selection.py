@@ -8,16 +8,19 @@ from omni_cli.errors import DataError, UsageError
 from omni_cli.formats.physical_ai_av import CAMERA_SETS, CAMERAS, FEATURES, expand_cameras
 
 CHUNK_TABLES = ("egomotion", "camera_intrinsics", "sensor_extrinsics", "vehicle_dimensions")
+IMPORTED_WHOLE = ("openpilot", "comma2k19")
 _EXAMPLES = "for example --chunks 5 (the first five), --chunks 0-4 (a range) or --chunks 3,7"
 
 
-def camera_names(text: str) -> tuple[str, ...]:
+def camera_names(text: str, source: str = "physical_ai_av") -> tuple[str, ...]:
     """Return the cameras that `4-cam`, or a comma list of names and sets, stands for; each once, in order.
 
     Raises:
         UsageError: a name is unknown; the message gives the nearest right spelling.
     """
     names = expand_cameras(text)
+    if source in IMPORTED_WHOLE:
+        return names  # for the import to refuse
     if unknown := [name for name in names if name not in CAMERAS]:
         raise UsageError(f"unknown camera {unknown[0]!r}; {nearest(unknown[0], (*CAMERA_SETS, *CAMERAS))}")
     if not names:
