@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from omni_cli import files
 from omni_cli.__main__ import run
 from omni_cli.errors import UsageError
 from omni_cli.formats.driving_model import SLICES_KEY
-from omni_cli.recipes.distill import teaching
 from omni_cli.recipes.distill.teaching import identity
+from omni_cli.report import Console
 from omni_cli.samples.shards import open_shards
 from omni_cli.stages import runs
 from omni_cli.stages.train import TrainRequest, train
@@ -61,13 +62,37 @@ def test_a_file_that_is_gone_stops_no_training_and_another_teacher_does(short_dr
     learn(paths, "s", "gone")
     learn([held], "s", "named")
     found = runs.open_finished(tmp_path / "runs" / "gone").manifest
-    assert (found.preprocess.teacher, found.settings["sample"]["teacher"]) == (held, teaching.ANY_ONNX)
+    assert (found.preprocess.teacher, found.settings["sample"]["teacher"]) == (held, held)
     with pytest.raises(
         UsageError, match=r"motion have teacher motion, this recipe asks for onnx:\*; make fitting ones"
     ):
         learn(paths, "motion")
     with pytest.raises(UsageError, match=rf"s have teacher {held}, this recipe asks for onnx:0123; make fitting ones"):
         learn(["onnx:0123"], "s")
+
+
+@pytest.mark.parametrize("moved_at", ["the end", "the start"])
+def test_a_run_goes_on_whether_its_teachers_files_have_moved_or_come_back(moved_at, short_drives, tmp_path, capsys):
+    """Stopped before its last step, it is the same run: its teacher is the shards', whatever lies on this disk."""
+    paths = driving_onnx.write_v0_10_3(tmp_path)
+    shards = cut(student_of(paths), short_drives, tmp_path / "s")
+    gone = tmp_path / "gone"
+
+    def learn(*, here: bool):
+        named = paths if here else [gone / path.name for path in paths]
+        request = TrainRequest(shards.folder, short_drives, tmp_path / "runs", "r", "test")
+        return train(student_of(named, max_steps=2, log_steps=1), request, Console())
+
+    first = moved_at == "the end"
+    learn(here=first)
+    files.receipt_path(tmp_path / "runs" / "r" / runs.FINAL).unlink()  # as if killed before the weights were published
+    capsys.readouterr()
+    learn(here=not first)
+    said = capsys.readouterr().err
+    assert ("are not as asked (sample.teacher: onnx:* -> onnx:" in said) == first
+    assert "2 steps, loss" in said
+    assert learn(here=first)["steps"] == 2
+    assert "is finished; nothing to do" in capsys.readouterr().err
 
 
 def test_the_etl_command_of_a_refusal_works(tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from omni_cli.errors import DataError, OmniError, UsageError
 from omni_cli.models import adapters, driving_losses, driving_net
 from omni_cli.models.adapters import DRIVING_NET, AdapterSpec
 from omni_cli.models.driving_net import DrivingNet
+from tests.support.driving import tiny_student
 
 FAMILIES = ("resnet", "convnextv2", "dinov2")
 MODES = ("lora", "dora")
@@ -136,8 +138,24 @@ def test_what_cannot_be_adapted_is_left_out_by_name() -> None:
     assert min(depthwise.values()) > 1
     layers = {name for name, module in net.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
     assert set(adapters.driving_targets(net)) == layers - set(depthwise)
-    assert not adapters.left_out(make_net("resnet"))
-    assert not adapters.left_out(make_net("dinov2"))
+    counts = ", ".join(f"{count} x a convolution in {one} groups" for one, count in Counter(depthwise.values()).items())
+    said = f"no adapter sits on {len(depthwise)} layers, which PEFT cannot adapt and merge: {counts}"
+    assert adapters.left_out_notes(net) == (said,)
+    for family in ("resnet", "dinov2"):
+        assert not adapters.left_out(make_net(family))
+        assert adapters.left_out_notes(make_net(family)) == ()
+
+
+def test_a_recipe_notes_what_its_adapter_leaves_out_unless_the_user_chose_it() -> None:
+    recipe = tiny_student("convnextv2", mode="dora")
+    said = adapters.left_out_notes(make_net("convnextv2"))
+    assert recipe.build(recipe.preprocess()).notes == recipe.size(recipe.preprocess()).notes == said
+    for other in (
+        tiny_student("convnextv2"),
+        tiny_student("resnet", mode="dora"),
+        tiny_student("convnextv2", mode="dora", tune={"targets": ("policy.plan.2",)}),
+    ):
+        assert other.build(other.preprocess()).notes == other.size(other.preprocess()).notes == ()
 
 
 BAD = {

@@ -13,8 +13,16 @@ from scipy.spatial.transform import Rotation
 from omni_cli.errors import DataError
 from omni_cli.formats.driving_model import PICTURE_SHAPE, T_IDXS_S
 from omni_cli.formats.video import encode_h264
+from omni_cli.recipes.distill.sampling import questions
 from omni_cli.samples.driven_path import driven_paths
-from omni_cli.samples.driving_windows import NOTHING_COUNTS, StepFilters, driving_tables, per_view, window_pictures
+from omni_cli.samples.driving_windows import (
+    NOTHING_COUNTS,
+    UNPAIRED,
+    StepFilters,
+    driving_tables,
+    per_view,
+    window_pictures,
+)
 from omni_cli.samples.model_steps import ModelFramePreprocess
 from omni_cli.samples.step_labels import StepLabels, driven_labels
 from omni_cli.samples.sync import STALE_FRAME
@@ -186,7 +194,7 @@ def test_what_infer_looks_at_is_what_is_stored(drive):
     tables = cut(drive, how, stride=2)  # windows overlap
     pixels = tables.frames["pixels"].to_pylist()
     plan = plan_cameras(drive, how.cameras, how, stride=2, max_age_us=100_000)
-    windows = [per_view(drive, window, how) for window in plan.windows]
+    windows, _ = per_view(drive, plan.windows, how)
     assert len(windows) == tables.windows.num_rows > 5
     for row, seen in zip(rows_of(tables), window_pictures(drive, how, windows), strict=True):
         stored = np.stack([np.frombuffer(pixels[number], np.uint8) for number in row["frames"]])
@@ -274,8 +282,7 @@ def test_the_wide_camera_is_paired_with_the_frame_exposed_nearest_to_the_roads(d
     recording, how = later(drive, offset_us), preprocess()
     plan = plan_cameras(recording, how.cameras, how, stride=3, max_age_us=100_000)
     behind = 0
-    for window in plan.windows:
-        seen = per_view(recording, window, how)
+    for window, seen in zip(plan.windows, per_view(recording, plan.windows, how)[0], strict=True):
         nearest = [np.abs(recording.cameras["wide"].timestamp_us - time).argmin() for time in seen.timestamp_us[:, 0]]
         np.testing.assert_array_equal(seen.frame_index[:, 1], nearest)
         np.testing.assert_array_equal(seen.frame_index[:, 0], nearest)  # they count their frames alike
@@ -286,10 +293,28 @@ def test_the_wide_camera_is_paired_with_the_frame_exposed_nearest_to_the_roads(d
 
 @pytest.mark.parametrize("offset_us", [10_500, -11_000])
 def test_cameras_more_than_10_ms_apart_are_refused(drive, offset_us):
-    apart = f"{abs(offset_us) / 1000:.1f}"
-    with pytest.raises(DataError, match=f"^drive: wide and the road camera are up to {apart} ms apart, at most 10 ms"):
-        cut(later(drive, offset_us))
-    cut(later(drive, offset_us), preprocess(("road",)))
+    apart, never = f"{abs(offset_us) / 1000:.1f}", later(drive, offset_us)
+    with pytest.raises(DataError, match=f"^drive: in every window wide and road are {apart} ms apart or more, at most"):
+        cut(never)
+    with pytest.raises(DataError, match=r"at most 10 ms was expected; look with one camera: --cameras road$"):
+        questions(never, preprocess(), 3, 100_000)
+    cut(never, preprocess(("road",)))
+
+
+def test_a_lost_wide_frame_costs_the_windows_that_look_at_it_alone(drive, tmp_path):
+    """At etl as at infer; what is left is what it would be beside the others, and of the others no picture is kept."""
+    kept, how = np.delete(np.arange(FRAMES), 24), preprocess()  # exposed at 1.2 s
+    video = VideoLocation(write_video(tmp_path / "lossy.mp4", 1, count=len(kept)))
+    lossy = with_camera(drive, "wide", timestamp_us=drive.cameras["wide"].timestamp_us[kept], videos=(video,))
+    whole, found = rows_of(cut(drive, stride=1)), cut(lossy, stride=1)
+    sound = [row for row in whole if not row["start_us"] <= 1_200_000 <= row["end_us"]]
+    assert found.dropped == {UNPAIRED: len(whole) - len(sound)} == {UNPAIRED: 4}
+    names = ("start_us", "end_us", "timestamps_us", "target_xy_m", "desire_pulse")
+    assert [[row[name] for name in names] for row in rows_of(found)] == [[row[name] for name in names] for row in sound]
+    assert {number for row in rows_of(found) for number in row["frames"]} == set(range(found.frames.num_rows))
+    asked = questions(lossy, how, 1, 100_000)
+    assert (asked.count, asked.dropped) == (len(sound), found.dropped)
+    assert [one.window.start_us for one in asked.asked] == [row["start_us"] for row in sound]
 
 
 # -- what counts

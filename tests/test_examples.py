@@ -93,6 +93,7 @@ def test_the_demo_of_a_driving_student_goes_the_whole_way(folder, monkeypatch, c
         "first frame repeated",
         "constant velocity",
         "constant curvature",
+        "constant median",
     }
     assert Path(result["student"]["report"]).is_file()
     programs = {path.name for path in Path(result["exported"]["export"]).glob("*.onnx")}

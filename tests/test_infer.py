@@ -85,7 +85,7 @@ def test_a_recording_is_seen_exactly_as_in_its_shard(made):
     seen = 0
     for name in recording_ids(made):
         recording = reader.open(name, preprocess.cameras)
-        windows = views.plan_views(recording, preprocess, stride=4, max_age_us=100_000)
+        windows = views.plan_views(recording, preprocess, stride=4, max_age_us=100_000).windows
         for window, canvases in zip(windows, views.window_canvases(recording, preprocess, windows), strict=True):
             row = dataset[seen]
             assert (row["recording"], row["start_us"], row["end_us"]) == (name, window.start_us, window.end_us)
@@ -101,7 +101,7 @@ def test_a_recording_is_seen_exactly_as_in_its_shard(made):
 def test_overlapping_windows_decode_each_frame_once_and_show_the_same(made):
     preprocess = made.run.manifest.preprocess
     recording = open_source("synthetic", made.data / "raw" / "synthetic").open(recording_ids(made)[0])
-    windows = views.plan_views(recording, preprocess, stride=1, max_age_us=100_000)
+    windows = views.plan_views(recording, preprocess, stride=1, max_age_us=100_000).windows
     sparse = windows[::4]
     together = list(views.window_canvases(recording, preprocess, windows))[::4]
     for one, other in zip(together, views.window_canvases(recording, preprocess, sparse), strict=True):
@@ -149,7 +149,7 @@ def test_a_mosaic_fills_the_canvas_whatever_its_aspect(made, tmp_path):
         encode_h264(stream, (np.full((64, 64, 3), 30 + 8 * k, np.uint8) for k in range(20)), rate_hz=Fraction(10))
     preprocess = made.run.manifest.preprocess
     recording = video_recording({views.MOSAIC: path})
-    windows = views.plan_views(recording, preprocess, stride=4, max_age_us=100_000)
+    windows = views.plan_views(recording, preprocess, stride=4, max_age_us=100_000).windows
     canvases = next(views.window_canvases(recording, preprocess, windows))
     assert canvases.shape == (4, preprocess.canvas_height_px, preprocess.canvas_width_px, 3)
     for instant, canvas in enumerate(canvases):
@@ -306,7 +306,7 @@ def test_the_overlay_shows_the_first_camera_in_real_time_with_the_answer(made, t
     assert info.num_frames == 4 * clip["windows"]  # stride = window: every instant once
     assert np.diff(info.pts_us).tolist() == [100_000] * (info.num_frames - 1)
     recording = open_source("synthetic", made.data / "raw" / "synthetic").open(name)
-    window = views.plan_views(recording, made.run.manifest.preprocess, stride=4, max_age_us=100_000)[0]
+    window = views.plan_views(recording, made.run.manifest.preprocess, stride=4, max_age_us=100_000).windows[0]
     source = recording.cameras[FRONT].videos[0].read()
     (_, first), *_ = decode(video, "overlay", [0], width_px=WIDTH_PX, height_px=360 + BAND_PX)
     (_, shown), *_ = decode(source, "source", [int(window.frame_index[0, 0])], width_px=WIDTH_PX, height_px=360)
@@ -331,13 +331,14 @@ def test_a_slow_camera_is_shown_again_and_the_newest_window_speaks(tmp_path):
     ]
     recipe = tiny_recipe()
     preprocess = recipe.preprocess().model_copy(update={"num_frames": 2})
-    write_overlay(tmp_path / "o.mp4", recording, views.MOSAIC, said, stride=1, recipe=recipe, preprocess=preprocess)
+    write_overlay(tmp_path / "o.mp4", recording, views.MOSAIC, said, recipe=recipe, preprocess=preprocess)
     video = (tmp_path / "o.mp4").read_bytes()
     shown = [p for _, p in decode(video, "o", range(4), width_px=WIDTH_PX, height_px=360 + BAND_PX)]
     assert [round(float(p[100:300].mean()), -1) for p in shown] == [40, 40, 200, 200]
     one, other = (shown[k][360:].astype(int) for k in (1, 2))
     assert np.abs(one - other).max() > 100  # another caption
     assert np.abs(shown[0][360:].astype(int) - one).mean() < 3
+    assert np.abs(shown[0][:40].astype(int) - shown[1][:40]).max() > 100  # another time
 
 
 def test_the_caption_of_an_answer():

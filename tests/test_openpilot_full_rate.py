@@ -15,7 +15,7 @@ import pytest
 from scipy.ndimage import map_coordinates
 
 from omni_cli.errors import DataError
-from omni_cli.recipe import SplitSettings
+from omni_cli.recipes.distill.settings import DistillSplit
 from omni_cli.samples.driven_path import driven_paths
 from omni_cli.samples.shards import ShardSet, open_shards
 from omni_cli.scene.cameras import Pinhole
@@ -69,7 +69,7 @@ def derived(real, tmp_path_factory) -> Path:
 
 def cut(data: Path, out: Path, cameras: str = "fcamera,ecamera", **sample) -> ShardSet:
     sample = {"window": FRAMES, "stride": STRIDE, **sample}
-    recipe = tiny_student(cameras=cameras, sample=sample, split=SplitSettings(validation=0.01))
+    recipe = tiny_student(cameras=cameras, sample=sample, split=DistillSplit(validation=0.01))
     return open_shards(Path(etl(recipe, EtlRequest(data=data, out=out, workers=0), QUIET)["shards"]))
 
 

@@ -32,12 +32,9 @@ def test_errors_at_each_horizon_by_brute_force():
                 distances.append(np.hypot(*error))
             assert found.average_m[row, column] == pytest.approx(np.mean(distances))
             assert found.final_m[row, column] == pytest.approx(distances[-1])
-    assert np.isnan(found.final_m).tolist() == [
-        [False] * 5,
-        [False, False, True, True, True],
-        [False, True, True, True, True],
-        [True] * 5,
-    ]
+    reached = scores.is_reached(num_points, scores.HORIZONS_S)
+    assert (np.isfinite(found.final_m) == reached).all()
+    assert reached.tolist() == [[True] * 5, [True, True, False, False, False], [True] + [False] * 4, [False] * 5]
 
 
 def test_the_average_is_one_over_time_and_not_over_points():
@@ -89,7 +86,7 @@ def test_the_scale_of_a_laplace_distribution_is_found_calibrated_or_not(factor):
     for inside, share in ((found.inside_50, 0.5), (found.inside_90, 0.9)):
         half = stats.laplace.ppf((1 + share) / 2)
         assert inside.mean() == pytest.approx(laplace.cdf(half) - laplace.cdf(-half), abs=0.01)
-    assert found.scale_ratio == pytest.approx(factor, rel=0.02)
+    assert found.scale_m.mean() / found.error_m.mean() == pytest.approx(factor, rel=0.02)
 
 
 def test_calibration_weighs_a_point_by_its_time():
@@ -101,7 +98,7 @@ def test_calibration_weighs_a_point_by_its_time():
     assert found.error_m[0] == pytest.approx((0.1 + 9) / 2, abs=0.3)
     for values in (found.inside_50, found.inside_90, found.scale_m, found.error_m):
         assert np.isnan(values[1])
-    assert found.scale_ratio == pytest.approx(1 / found.error_m[0])  # of the windows that have a truth
+    assert found.scale_m[0] == pytest.approx(1)
 
 
 def test_lanes_count_where_they_are():
@@ -114,6 +111,20 @@ def test_lanes_count_where_they_are():
     assert np.isnan(found[2])
     by_hand = RNG.normal(size=(1, 4, 33, 2))
     assert scores.lane_l1_m(by_hand, truth[:1], np.array([[0, 0, 1, 0]])) == pytest.approx(np.abs(by_hand[0, 2]).mean())
+
+
+def test_no_constant_path_or_lane_is_nearer_in_a_coordinate_than_the_median():
+    paths, points = RNG.normal(size=(6, 33, 2)), np.array([33, 33, 33, 10, 10, 0])
+    found = scores.median_path_m(paths, points)
+    lines, probability = RNG.normal(size=(6, 2, 33, 2)), np.array([[0.9, 0.1]] * 3 + [[0.1, 0.2]] * 3)
+    lanes = scores.median_lanes_m(lines, probability)
+    for at, known in ((0, paths[:5, 0]), (9, paths[:5, 9]), (10, paths[:3, 10]), (32, paths[:3, 32])):
+        for other in np.vstack([found[at] + [0, 1e-3], found[at] - [0, 1e-3], known]):
+            assert np.abs(known - found[at]).sum() <= np.abs(known - other).sum()
+    np.testing.assert_array_equal(lanes[0], np.median(lines[:3, 0], axis=0))
+    np.testing.assert_array_equal(lanes[1], np.median(lines[:, 1], axis=0))  # it never is there
+    assert scores.median_path_m(paths, np.zeros(6, dtype=int)).size == 0
+    assert scores.median_lanes_m(lines[:0], probability[:0]).size == 0
 
 
 def test_the_best_hypothesis_is_the_likeliest():

@@ -140,7 +140,7 @@ def test_killed_inside_fresh_nothing_of_the_old_run_is_taken_for_the_new(tmp_pat
         with pytest.raises(KeyboardInterrupt):
             run_train(new, shards, tmp_path / "killed", fresh=True)
     assert [path.name for path in folder.iterdir()] == [".lock"]
-    assert not runs.has_finished(tmp_path / "killed")
+    assert not runs.finished_runs(tmp_path / "killed")
     run_train(new, shards, tmp_path / "killed")
     assert published(folder) == undisturbed
     assert [path.name for path in folder.parent.iterdir()] == ["r"]

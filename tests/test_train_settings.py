@@ -169,6 +169,9 @@ def test_the_command_that_a_refusal_prints_makes_shards_that_fit(tmp_path, monke
     train_line = ["train", *tiny, *other, "--set", "train.max_steps=1"]
     capsys.readouterr()
     assert run(train_line) == 2
-    remedy = re.search(r"make fitting ones: omni (.*), or name others", capsys.readouterr().err)[1]
+    said = capsys.readouterr().err
+    as_they_are = shlex.split(re.search(r"; train on these with: (.*)", said)[1])
+    assert run([*train_line, *as_they_are, "--run", "as-they-are"]) == 0
+    remedy = re.search(r"make fitting ones: omni (.*), or name others", said)[1]
     assert run([*shlex.split(remedy), "--workers", "0", "--quiet"]) == 0
     assert run(train_line) == 0

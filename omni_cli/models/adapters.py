@@ -92,6 +92,15 @@ def left_out(net: nn.Module) -> dict[str, str]:
     return {name: unfit(module) for name, module in convolutions if module.weight.requires_grad and unfit(module)}
 
 
+def left_out_notes(net: nn.Module) -> tuple[str, ...]:
+    """Return one line on the layers of `left_out`, counted by their reasons; none where there are none."""
+    reasons = Counter(left_out(net).values())
+    if not reasons:
+        return ()
+    counts = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
+    return (f"no adapter sits on {reasons.total()} layers, which PEFT cannot adapt and merge: {counts}",)
+
+
 def unfit(layer: nn.Module) -> str:
     """Return why PEFT cannot adapt a layer such that merged and adapted are one function; empty where it can."""
     if not isinstance(layer, nn.Conv2d):

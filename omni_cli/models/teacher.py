@@ -3,9 +3,13 @@
 What 5 Hz means. A car runs its model at 20 Hz, but since October 2024 the model's memory lies at 5 Hz: its two pictures
 are 0.2 s apart, its features those of now, 0.2 s ago, 0.4 s ago, its desire pulses merged over 0.2 s (openpilot
 `modeld.py`, commits e442425c9, d807b5c47, a2c5fca78). So a step fed from the steps before it sees what the model in the
-car sees at that instant, once 5 s are behind it; until then the memory holds zeros, and the step is not `warm`. What a
-generation reads back of its own curvature has been multiplied by zero since July 2025 (64fd3f986), and is zero here.
+car sees at that instant, once 5 s are behind it; until then the memory holds zeros, and the step is not `warm`.
 Generations whose memory lies at 20 Hz cannot be fed truly and are refused.
+
+What `prev_desired_curv` is. Its name says the curvature that the model wanted before; the car's `modeld.py` multiplies
+that by zero for every supercombo whose memory lies at 5 Hz, from the first on (`0. * self.prev_desired_curv_20hz[-4]`,
+e442425c9 of 2024-10; 5018cf75f of 2024-12 takes the input away), and for pairs since July 2025 (64fd3f986). So zeros
+are what these see in the car. The pairs between, from March 2025 on (d807b5c47), did read it back, and are refused.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -49,7 +53,6 @@ class TeacherLabels:
     """What a teacher says of n steps, in calib: x forward, y right, z down."""
 
     path_m: Float32Array  # (n, 33, 3) at T_IDXS_S
-    path_std_m: Float32Array  # (n, 33, 3)
     lane_lines_m: Float32Array  # (n, 4, 33, 2) y and z at X_IDXS_M: outer left, left, right, outer right
     lane_line_prob: Float32Array  # (n, 4)
     road_edges_m: Float32Array  # (n, 2, 33, 2) y and z: left, right
@@ -122,7 +125,7 @@ class Teacher:
             **dict.fromkeys(("big_img", "big_input_imgs"), partial(_pairs, pictures[:, 1])),
             **dict.fromkeys(("desire", "desire_pulse"), partial(_windows, desires, HISTORY_STEPS)),
             "traffic_convention": partial(_repeated, traffic),
-            "prev_desired_curv": partial(_repeated, np.zeros((HISTORY_STEPS, 1))),
+            "prev_desired_curv": partial(_repeated, np.zeros((HISTORY_STEPS, 1))),  # as in the car: see above
             "action_t": partial(_repeated, np.add([lateral_delay_s, longitudinal_delay_s], _FRAME_AND_HALF_S)),
             "lateral_control_params": partial(_with_delay, speed, lateral_delay_s),
         }
@@ -190,14 +193,13 @@ def _labels(
     said: Mapping[str, Float32Array], before: TeacherState, features: Float32Array, desires: Float32Array
 ) -> TeacherLabels:
     steps = len(said["plan"])
-    for name in (*NEEDED, "plan_std"):
+    for name in NEEDED:
         bad = ~np.isfinite(said[name]).reshape(steps, -1).all(axis=1)
         if bad.any():
             step = before.steps + int(bad.argmax())
             raise DataError(f"the teacher's '{name}' is not finite at step {step}; float16 on another provider?")
     return TeacherLabels(
         path_m=said["plan"][:, :, :3],
-        path_std_m=said["plan_std"][:, :, :3],
         lane_lines_m=said["lane_lines"],
         lane_line_prob=said["lane_lines_prob"],
         road_edges_m=said["road_edges"],

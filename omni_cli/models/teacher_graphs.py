@@ -181,7 +181,7 @@ def _check_set(graphs: Sequence[Graph]) -> None:
     if roles not in (["supercombo"], ["policy", "vision"], ["policy", "policy", "vision"]):
         raise DataError(f"{paths}: found {' + '.join(roles) or 'nothing'}; expected the files of one model: {_KNOWN}")
     names = {name for graph in graphs for name in graph.session.inputs}
-    if {"input_imgs", "prev_desired_curv"} <= names and len(graphs) > 1:
+    if {"input_imgs", "prev_desired_curv"} <= names and len(graphs) > 1:  # a supercombo is given zeros in the car too
         raise DataError(
             f"{paths}: a pair of before July 2025 reads back the curvature that it said 0.05 s ago, and omni looks "
             f"at 5 Hz; {_KNOWN}"

@@ -4,7 +4,7 @@ A recipe is a frozen table of settings with the methods that the stages call. It
 prints nothing. A recipe that cannot do a stage's work simply lacks the methods, and `require` says so in one line.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar, runtime_checkable
@@ -20,6 +20,7 @@ from omni_cli.recipe.values import (
     BuiltModel,
     Loss,
     Metric,
+    ModelSize,
     Pair,
     Prediction,
     Program,
@@ -32,7 +33,7 @@ from omni_cli.recipe.values import (
 from omni_cli.samples.dataset import WindowDataset
 from omni_cli.samples.preprocess import Preprocess
 from omni_cli.samples.windows import TableMaker
-from omni_cli.scene.clock import Float64Array
+from omni_cli.scene.clock import Float64Array, Int64Array
 from omni_cli.scene.recording import Recording
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "Loss",
     "Mergeable",
     "Metric",
+    "ModelSize",
     "Pair",
     "Prediction",
     "Program",
@@ -120,8 +122,8 @@ class Trainable(Protocol):
     def build(self, preprocess: Preprocess, checkpoint: Path | None = None) -> BuiltModel:
         """Build the model that learns; from `checkpoint` where a fully tuned run resumes."""
 
-    def size(self, preprocess: Preprocess) -> tuple[int, int, int]:
-        """Return how many weights there are, how many learn, and the bytes of all, without making one."""
+    def size(self, preprocess: Preprocess) -> ModelSize:
+        """Return how large the model would be, without making one."""
 
     def collate(self, rows: Sequence[Row], preprocess: Preprocess) -> Batch:
         """Stack dataset rows into one batch; pictures stay uint8."""
@@ -140,6 +142,13 @@ class Trainable(Protocol):
 
         Raises:
             DataError: an adapter does not fit its base.
+        """
+
+    def medians(self, rows: Sequence[Row]) -> Mapping[str, float | tuple[float, ...]]:
+        """Return what its constant baseline will say: medians over the windows that are learned from, by name.
+
+        Args:
+            rows: of those windows, without pictures; at least one.
         """
 
     def base_fingerprint(self) -> str:
@@ -162,19 +171,20 @@ class Evaluable(Protocol):
         """Answer windows from their pictures and prompts."""
 
     def errors(
-        self, predictions: Sequence[Prediction], rows: Sequence[Row], medians: Mapping[str, float]
+        self, predictions: Sequence[Prediction], rows: Sequence[Row], medians: Mapping[str, Any]
     ) -> Mapping[str, Float64Array]:
         """Return how wrong each answer is (windows,) by the key of each metric.
 
-        An answer that could not be read counts as if it knew nothing; NaN says that the truth does not reach so far.
+        An answer that could not be read counts as if it knew nothing; NaN says that the truth does not reach so far, or
+        that the answer does not speak of all of it.
 
         Args:
             predictions: one a window.
             rows: of the windows, with their targets.
-            medians: of the scalar targets in the windows that were learned from.
+            medians: as `Trainable.medians` gave them, of the windows that were learned from.
         """
 
-    def baselines(self, rows: Sequence[Row], medians: Mapping[str, float]) -> Mapping[str, Sequence[Prediction]]:
+    def baselines(self, rows: Sequence[Row], medians: Mapping[str, Any]) -> Mapping[str, Sequence[Prediction]]:
         """Return by name what needs no picture; arguments as for `errors`."""
 
     def pairs(self, predictions: Sequence[Prediction], rows: Sequence[Row]) -> tuple[Pair, ...]:
@@ -242,8 +252,13 @@ class Inferable(Sampled, Trainable, Evaluable, Protocol):
     def plain(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return values as JSON knows them."""
 
-    def speaks_for(self, window: int, stride: int, preprocess: Preprocess) -> range:
-        """Return the instants of a recording's window number `window` that its answer is drawn over."""
+    def speaks_for(self, instants_us: Int64Array, spoken_us: Set[int]) -> Sequence[int]:
+        """Return at which of a window's instants its answer is drawn.
+
+        Args:
+            instants_us: of the window (num_frames,).
+            spoken_us: the instants that the windows before it speak for; it takes over those that it returns.
+        """
 
     def strokes(self, recording: Recording, values: Mapping[str, Any], at: int, at_us: int) -> Sequence[Stroke]:
         """Return what to draw over the first camera's picture at instant `at` of a window, seen at `at_us`."""
@@ -262,6 +277,8 @@ class Exportable(Mergeable, Protocol):
         self, built: BuiltModel, written: Sequence[Program], run: RunProgram, dtype: str
     ) -> Mapping[str, float]:
         """Run the programs as they will be run, and return how far they part from the model, by what it is called.
+
+        As a share of the largest number of its kind: metres and scores are of different kinds.
 
         Args:
             built: the model.

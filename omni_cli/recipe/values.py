@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -33,7 +33,7 @@ class TrainerKind:
 
 @dataclass(frozen=True)
 class Metric:
-    """One number a window that says how wrong an answer is; less is better."""
+    """One number a window that says how wrong an answer is; less is better, unless the title names another aim."""
 
     key: str  # in reports
     title: str  # for people
@@ -84,6 +84,7 @@ class Questions:
 
     count: int
     asked: Iterator[Asked]
+    dropped: Mapping[str, int]  # why others are not asked about: reason -> windows
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,16 @@ class BuiltModel:
 
     model: nn.Module
     tokenizer: Any
+    notes: tuple[str, ...] = ()  # what a user should be told of how it learns
+
+
+class ModelSize(NamedTuple):
+    """How large a model is, known without making one."""
+
+    weights: int
+    learning: int  # of the weights
+    weight_bytes: int
+    notes: tuple[str, ...] = ()  # as of `BuiltModel`
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from omni_cli.scene.recording import Recording
 
 NOTHING_COUNTS = "no step of it can be learned from or measured"
 MAX_PAIR_US = 10_000  # between the exposures of two cameras that a driving model looks at together
+UNPAIRED = f"the wide camera has no frame within {MAX_PAIR_US / 1000:g} ms of one of the road's"
 _DTYPES = {one.name: one.type.value_type.to_pandas_dtype() for one in STEP_COLUMNS if pa.types.is_list(one.type)}
 
 
@@ -73,14 +75,15 @@ def driving_tables(
     chosen = choose_windows(
         recording, preprocess, stride=stride, max_age_us=max_age_us, assign_split=assign_split, phase_us=phase_us
     )
-    windows = tuple(per_view(recording, window, preprocess) for window in chosen.windows)
-    wanted = wanted_frames(windows)
+    windows, is_paired = per_view(recording, chosen.windows, preprocess)
+    chosen = _only(replace(chosen, windows=windows), is_paired, UNPAIRED)
+    wanted = wanted_frames(chosen.windows)
     pictures = _view_pictures(recording, preprocess, wanted)
-    looks = _looks(recording, windows, wanted, pictures)
+    looks = _looks(recording, chosen.windows, wanted, pictures)
     driven = driven_paths(recording, looks.timestamp_us, camera=preprocess.cameras[0])
     labels = label(recording, looks, driven)
     columns = _per_instant(recording, looks, driven, labels, filters)
-    chosen = _of_use(recording.id, replace(chosen, windows=windows), looks, columns)
+    chosen = _of_use(recording.id, chosen, looks, columns)
     kept = wanted_frames(chosen.windows)
     steps = [_steps(looks, window) for window in chosen.windows]
     targets: dict[str, Any] = {name: [_flat(name, values[rows]) for rows in steps] for name, values in columns.items()}
@@ -91,27 +94,39 @@ def driving_tables(
     return ShardTables(_frames(recording, preprocess, kept, pictures), table, chosen.dropped, facts)
 
 
-def per_view(recording: Recording, window: PlannedWindow, preprocess: ModelFramePreprocess) -> PlannedWindow:
+def per_view(
+    recording: Recording, windows: Sequence[PlannedWindow], preprocess: ModelFramePreprocess
+) -> tuple[tuple[PlannedWindow, ...], list[bool]]:
+    """Return windows of cameras as ones of views, and whether each can be looked at.
+
+    It cannot where the wide camera has no frame within 10 ms of one of the road's, as where it lost one: openpilot
+    would not look either.
+
+    Raises:
+        DataError: none can.
+    """
+    of_views = tuple(_of_views(recording, window, preprocess) for window in windows)
+    if (least_us := min(window.max_skew_us for window in of_views)) > MAX_PAIR_US:
+        road, wide = preprocess.cameras
+        raise DataError(
+            f"{recording.id}: in every window {wide} and {road} are {least_us / 1000:.1f} ms apart or more, at most "
+            f"{MAX_PAIR_US / 1000:g} ms was expected; look with one camera: --cameras {road}"
+        )
+    return of_views, [window.max_skew_us <= MAX_PAIR_US for window in of_views]
+
+
+def _of_views(recording: Recording, window: PlannedWindow, preprocess: ModelFramePreprocess) -> PlannedWindow:
     """Return a window of cameras as one of views: a single camera gives both, a wide one is paired with the road's.
 
     Two cameras are exposed together, the wide one most often a fraction of a millisecond later: its last frame up to
     the road's time would be the one before.
-
-    Raises:
-        DataError: the wide camera has no frame within 10 ms of one of the road's, which openpilot would not look at.
     """
     road_us = window.timestamp_us[:, 0]
     index, times_us = [window.frame_index[:, 0]], [road_us]
     for camera in preprocess.cameras[1:]:
         own_us = recording.cameras[camera].timestamp_us
-        nearest = nearest_to(own_us, road_us)
-        if (apart_us := int(np.abs(own_us[nearest] - road_us).max())) > MAX_PAIR_US:
-            raise DataError(
-                f"{recording.id}: {camera} and the road camera are up to {apart_us / 1000:.1f} ms apart, at most "
-                f"{MAX_PAIR_US / 1000:g} ms was expected; look with the road camera alone"
-            )
-        index.append(nearest)
-        times_us.append(own_us[nearest])
+        index.append(nearest_to(own_us, road_us))
+        times_us.append(own_us[index[-1]])
     camera_of_view = _camera_of_view(preprocess)
     return PlannedWindow(
         window.instants_us,
@@ -229,16 +244,23 @@ def _of_use(recording_id: str, chosen: ChosenWindows, looks: Looks, columns: Map
     """
     counts, target, driven = columns["counts"] > 0, columns["target_points"] > 0, columns["driven_points"] > 0
     teaches, measures = counts & target, counts & (target | driven)
-    pairs = list(zip(chosen.windows, chosen.splits, strict=True))
-    kept = [pair for pair in pairs if (teaches if pair[1] == "train" else measures)[_steps(looks, pair[0])].any()]
-    if not kept:
+    pairs = zip(chosen.windows, chosen.splits, strict=True)
+    is_of_use = [
+        bool((teaches if split == "train" else measures)[_steps(looks, window)].any()) for window, split in pairs
+    ]
+    if not any(is_of_use):
         raise DataError(
             f"{recording_id}: no step can be learned from: of {len(counts)}, {counts.sum()} pass the filters, "
             f"{target.sum()} have a target and {driven.sum()} a path truly driven; expected some that pass and have "
             "one: allow more with sample.require_calibrated and sample.require_fix, or take another drive"
         )
-    useless = {NOTHING_COUNTS: len(pairs) - len(kept)} if len(kept) < len(pairs) else {}
-    return ChosenWindows(tuple(one for one, _ in kept), tuple(split for _, split in kept), chosen.dropped | useless)
+    return _only(chosen, is_of_use, NOTHING_COUNTS)
+
+
+def _only(chosen: ChosenWindows, is_kept: Sequence[bool], otherwise: str) -> ChosenWindows:
+    """Drop the other windows, and count them for a reason."""
+    dropped = chosen.dropped if all(is_kept) else {**chosen.dropped, otherwise: is_kept.count(False)}
+    return ChosenWindows(tuple(compress(chosen.windows, is_kept)), tuple(compress(chosen.splits, is_kept)), dropped)
 
 
 def _pictures_of(pictures: Uint8Array, frames: Int64Array, kept: Int64Array) -> Uint8Array:

@@ -27,7 +27,11 @@ class ModelFramePreprocess(Settings):
         "num_frames": ("--window ", "sample.window"),
         "sampling": ("--set sample.sampling=", "sample.sampling"),
         "teacher": ("--teacher ", "sample.teacher"),
+        "require_calibrated": ("--set sample.require_calibrated=", "sample.require_calibrated"),
+        "require_fix": ("--set sample.require_fix=", "sample.require_fix"),
     }
+    # which of the steps count: what measures a model may choose others than what it learned from
+    filters: ClassVar[tuple[str, ...]] = ("require_calibrated", "require_fix")
 
     kind: Literal["model-frames"] = "model-frames"
     cameras: tuple[str, ...]  # the road camera, and the wide one where there is one
@@ -35,6 +39,8 @@ class ModelFramePreprocess(Settings):
     rate_hz: float = STEP_RATE_HZ
     sampling: Sampling
     teacher: str  # whose paths are the targets: motion, log, onnx:HASH of files; asked for, onnx:* is any files
+    require_calibrated: bool = False  # only steps count at which the device knew its mount
+    require_fix: bool = False  # only steps count with a satellite fix
     decoder: Decoder = "pyav"
     decoder_id: str
 

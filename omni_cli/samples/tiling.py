@@ -51,6 +51,7 @@ class TiledPreprocess(Settings):
         "past_speed": ("--set sample.past_speed=", "sample.past_speed"),
         "vision": ("--set model=", "model"),
     }
+    filters: ClassVar[tuple[str, ...]] = ()  # every instant counts
 
     kind: Literal["tiled"] = "tiled"
     cameras: tuple[str, ...]

@@ -12,7 +12,7 @@ import numpy as np
 from omni_cli.errors import DataError
 from omni_cli.formats.video import Uint8Array
 from omni_cli.samples.labels import ego_motion_columns
-from omni_cli.samples.sync import PlannedWindow
+from omni_cli.samples.sync import PlannedWindow, WindowPlan
 from omni_cli.samples.tiling import TiledPreprocess
 from omni_cli.samples.windows import camera_streams, decode_camera, plan_cameras
 from omni_cli.scene.clock import Int64Array
@@ -21,9 +21,7 @@ from omni_cli.scene.recording import CameraStream, Recording
 MOSAIC = "mosaic"  # the one camera of a recording whose frames are whole canvases
 
 
-def plan_views(
-    recording: Recording, preprocess: TiledPreprocess, *, stride: int, max_age_us: int
-) -> tuple[PlannedWindow, ...]:
+def plan_views(recording: Recording, preprocess: TiledPreprocess, *, stride: int, max_age_us: int) -> WindowPlan:
     """Choose the windows of a recording, exactly as `etl` does where its ego motion is known.
 
     Args:
@@ -43,7 +41,7 @@ def plan_views(
         length_s = min((one[-1] - one[0]) / 1e6 for one in times)
         needed = f"{preprocess.num_frames} frames at {preprocess.rate_hz:g} Hz"
         raise DataError(f"{recording.id}: {length_s:.1f} s hold no window of {needed}{dropped and f' ({dropped})'}")
-    return plan.windows
+    return plan
 
 
 def has_motion(recording: Recording) -> bool:

@@ -66,7 +66,6 @@ class LoggedModel:
 
     timestamp_us: Int64Array  # (n,) true time of the road camera's frame, strictly increasing
     path_m: Float32Array  # (n, 33, 3) at the path's 33 times, its first point behind the camera
-    path_std_m: Float32Array  # (n, 33, 3)
     lane_lines_m: Float32Array  # (n, 4, 33, 2) y and z at 33 distances: outer left, left, right, outer right
     lane_line_prob: Float32Array  # (n, 4)
     road_edges_m: Float32Array  # (n, 2, 33, 2) y and z: left, right

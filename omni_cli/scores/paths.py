@@ -22,6 +22,7 @@ _LANE_IS_THERE = 0.5
 _POINT_SECONDS = np.convolve(np.diff(T_IDXS_S), [0.5, 0.5])  # (33,) the time that each point stands for
 
 FloatArray = npt.NDArray[np.floating]
+BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,7 @@ class ScaleCalibration:
     inside_50: Float64Array  # (n,) share of the truth inside the central half; a calibrated scale has 0.5
     inside_90: Float64Array  # (n,) the same for 90 %
     scale_m: Float64Array  # (n,) mean predicted scale
-    error_m: Float64Array  # (n,) mean absolute error of a coordinate
-
-    @property
-    def scale_ratio(self) -> float:
-        """Mean scale over mean absolute error of all windows; 1 where it is calibrated, less is too sure."""
-        return float(np.nanmean(self.scale_m) / np.nanmean(self.error_m))
+    error_m: Float64Array  # (n,) mean absolute error of a coordinate; a calibrated scale has the same mean over all n
 
 
 def path_errors(
@@ -61,8 +57,13 @@ def path_errors(
     steps = np.round(np.asarray(horizons_s) / _GRID_S).astype(int)
     distance = np.linalg.norm(_on_grid(np.asarray(predicted_m, float) - truth_m), axis=-1)
     average = np.cumsum(distance, axis=1)[:, steps - 1] / steps
-    is_reached = _known_s(num_points)[:, None] >= np.asarray(horizons_s)
-    return PathErrors(np.where(is_reached, average, np.nan), np.where(is_reached, distance[:, steps - 1], np.nan))
+    reached = is_reached(num_points, horizons_s)
+    return PathErrors(np.where(reached, average, np.nan), np.where(reached, distance[:, steps - 1], np.nan))
+
+
+def is_reached(num_points: Int64Array, horizons_s: Sequence[float]) -> BoolArray:
+    """Say which horizons (n, h) the known points of n truths reach."""
+    return np.asarray(_known_s(num_points)[:, None] >= np.asarray(horizons_s))
 
 
 def scale_calibration(
@@ -102,6 +103,33 @@ def lane_l1_m(predicted_m: FloatArray, truth_m: FloatArray, probability: FloatAr
     error = np.abs(np.asarray(predicted_m, float) - truth_m).mean(axis=(2, 3))
     count = np.where(is_there.any(axis=1), is_there.sum(axis=1), np.nan)
     return np.asarray((error * is_there).sum(axis=1) / count)
+
+
+def median_path_m(paths_m: FloatArray, num_points: Int64Array) -> Float64Array:
+    """Return the median (k, 2) of each coordinate of paths (n, 33, 2), at the k points that any of them reaches.
+
+    Args:
+        paths_m: (n, 33, 2).
+        num_points: (n,) how many points of each are known; a point's median is that of the paths that reach it.
+    """
+    reach = num_points.max(initial=0)
+    return np.array([np.median(paths_m[num_points > at, at], axis=0) for at in range(reach)], dtype=float)
+
+
+def median_lanes_m(lines_m: FloatArray, probability: FloatArray) -> Float64Array:
+    """Return the median (lines, 33, 2) of each line where it is there; nothing of no instants.
+
+    A line that never is has the median of what was said of it all the same: elsewhere it may be there.
+
+    Args:
+        lines_m: (n, lines, 33, 2).
+        probability: (n, lines) that a line is there; from one half on it counts.
+    """
+    if not len(lines_m):
+        return np.zeros(0)
+    is_there = np.asarray(probability) >= _LANE_IS_THERE
+    is_there |= ~is_there.any(axis=0)
+    return np.array([np.median(lines_m[one, line], axis=0) for line, one in enumerate(is_there.T)], dtype=float)
 
 
 def best_hypothesis(values: FloatArray, logit: FloatArray) -> FloatArray:

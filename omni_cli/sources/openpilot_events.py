@@ -22,7 +22,6 @@ _IS_CALIBRATED = 1  # of both calStatus and the number that it replaced
 _HAS_FIX_FLAG = 1  # of u-blox's and Android's `flags`; newer logs say it in `hasFix`, which is false in older ones
 _MODEL_SHAPES = {
     "path_m": (3, NUM_POINTS),
-    "path_std_m": (3, NUM_POINTS),
     "lane_lines_m": (4, 2, NUM_POINTS),
     "lane_line_prob": (4,),
     "road_edges_m": (2, 2, NUM_POINTS),
@@ -204,7 +203,6 @@ def _model(model: Any) -> ModelOutput:
     path = model.position
     lists = {
         "path_m": [list(path.x), list(path.y), list(path.z)],
-        "path_std_m": [list(path.xStd), list(path.yStd), list(path.zStd)],
         "lane_lines_m": [[list(line.y), list(line.z)] for line in model.laneLines],
         "lane_line_prob": list(model.laneLineProbs),
         "road_edges_m": [[list(edge.y), list(edge.z)] for edge in model.roadEdges],

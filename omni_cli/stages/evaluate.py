@@ -23,9 +23,12 @@ from omni_cli.scene.clock import Float64Array
 from omni_cli.scores import controls, intervals
 from omni_cli.stages import models, pictures, runs
 from omni_cli.stages.etl import ensure_sidecar
-from omni_cli.stages.train import TrainableRecipe, check_fit, train_in
+from omni_cli.stages.fitting import check_fit
+from omni_cli.stages.train import TrainableRecipe, train_in
 
 BLIND = "blind"
+SWAPPED = "pictures swapped"
+_HARDLY = 0.05  # worse is what the pictures of another drive cost a model that hardly looks
 EVAL = "eval"  # the folder of a run's report
 REPORT_FILE = "report.json"
 _BATCH = 32
@@ -69,7 +72,8 @@ def evaluate(recipe: Any, run: runs.Run, request: EvalRequest, console: Console)
     shards = open_shards(request.shards) if request.shards else own
     if shards is None:
         raise DataError(f"the shards of run {run.name} are gone or were made anew; name others with --shards")
-    check_fit(recipe, shards, run.manifest.profile)
+    check_fit(recipe, shards, run.manifest.profile, is_to_measure=True)
+    _say_filters(run, shards, console)
     split = request.split or ("val" if _is_own(run, shards) else "all")
     twin_learns_from = own if request.blind and not recipe.train.blind else None
     facts = _facts(run, shards, split, blind=twin_learns_from is not None)
@@ -104,6 +108,14 @@ def _is_own(run: runs.Run, shards: ShardSet) -> bool:
     return shards.manifest.fingerprint == run.manifest.shards.fingerprint
 
 
+def _say_filters(run: runs.Run, shards: ShardSet, console: Console) -> None:
+    """Say where other steps are measured than those that were learned from."""
+    learned, measured = run.manifest.preprocess, shards.manifest.preprocess
+    for name in learned.filters:
+        if (here := getattr(measured, name)) != (there := getattr(learned, name)):
+            console.say(f"measuring with {name} {here}, as shards {shards.folder} are; the run learned with {there}")
+
+
 def _own_shards(run: runs.Run) -> ShardSet | None:
     """Return the shards that a run learned from, if they are still there and still those."""
     folder = Path(run.manifest.shards.folder)
@@ -125,9 +137,31 @@ def _result(run: runs.Run, shards: ShardSet, folder: Path, recipe: Any, console:
     console.table(title, *table_of(report, [metric for metric in recipe.metrics if metric.is_shown]))
     if unreadable := report["conditions"][0]["unreadable"]:
         console.warn(f"{unreadable:.1%} of the answers could not be read; they count as the {recipe.reference}")
+    for line in verdicts(report, next(metric for metric in recipe.metrics if metric.is_shown)):
+        console.warn(line)
     page, drawn = folder / "report.html", sorted(folder.glob("*.png"))
     console.say(f"report {page}")
     return {**report, "report": str(page), "pictures": [str(path) for path in drawn]}
+
+
+def verdicts(report: Mapping[str, Any], metric: Metric) -> list[str]:
+    """Return what a reader must not overlook: that pictures hardly matter, or that what sees nothing does as well.
+
+    Args:
+        report: of an evaluation.
+        metric: by which to judge; less is better.
+    """
+    of = {line["name"]: line[metric.key] for line in report["conditions"]}
+    model, swapped, reference = of["model"], of.get(SWAPPED), of.get(report["reference"])
+    said = []
+    if None not in (model, swapped) and swapped <= model * (1 + _HARDLY):
+        shown = f"{model:.2f} {metric.unit} with the right pictures, {swapped:.2f} with those of another drive"
+        said.append(f"the answers hardly depend on the pictures: {metric.title} is {shown}")
+    if None not in (model, reference) and reference <= model:
+        said.append(f"no better than {report['reference']}, which sees nothing: {model:.2f} and {reference:.2f}")
+    if report["conditions"][0][f"{metric.key}_interval"] is None:
+        said.append(f"no intervals: they need several recordings, this is {report['recordings']}")
+    return said
 
 
 def _dataset(shards: ShardSet, split: str, recipe: Any, console: Console) -> WindowDataset:
@@ -165,7 +199,7 @@ def _conditions(recipe: Any, run: runs.Run, dataset: WindowDataset, console: Con
     shown: dict[str, Pictures] = {"model": dataset.pictures}
     if len(set(groups)) > 1:
         swapped = controls.swap_between_groups(groups)
-        shown["pictures swapped"] = lambda index: dataset.pictures(int(swapped[index]))
+        shown[SWAPPED] = lambda index: dataset.pictures(int(swapped[index]))
     else:
         console.warn(f"no control with swapped pictures: all windows are of {_BLOCK_US / 1e6:g} s of one recording")
     shown["first frame repeated"] = lambda index: dataset.pictures(index)[:1].expand(dataset.preprocess.window_shape)

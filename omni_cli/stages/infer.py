@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 from omni_cli import files
 from omni_cli.errors import OmniError, UsageError
-from omni_cli.recipe import Asked, BuiltModel, Inferable, Prediction, require
+from omni_cli.recipe import Asked, BuiltModel, Inferable, Prediction, Questions, require
 from omni_cli.report import Console
 from omni_cli.samples import views
 from omni_cli.samples.preprocess import Preprocess
@@ -119,21 +119,23 @@ class Asker:
     def ask(self, clip: Clip) -> dict[str, Any]:
         """Ask about one clip; write its answers, and the overlay where it is wanted; return what was made."""
         recording = clip.open()
-        answers = self.answers(recording)
+        stride = self.request.stride or self.recipe.sample.stride
+        questions = self.recipe.questions(recording, self.built, self.preprocess, stride)
+        answers = self._answers(recording.id, questions)
         path = self.request.out / f"{safe_name(clip.name)}.jsonl"
         lines = [answer.line(clip.name, self.recipe.plain) for answer in answers]
         files.commit(path, _writer(lines), windows=len(lines))
         self._say(clip.name, answers, path)
+        for reason, count in questions.dropped.items():
+            self.console.say(f"{clip.name}: left out {count} windows: {reason}")
         unreadable = sum(answer.prediction.values is None for answer in answers)
-        facts = {"clip": clip.name, "windows": len(lines), "unreadable": unreadable, "file": str(path)}
-        return {**facts, "overlay": self._overlay(clip, recording, answers), "answers": lines}
+        facts = {"clip": clip.name, "windows": len(lines), "dropped": dict(questions.dropped), "unreadable": unreadable}
+        return {**facts, "file": str(path), "overlay": self._overlay(clip, recording, answers), "answers": lines}
 
-    def answers(self, recording: Recording) -> list[Answer]:
+    def _answers(self, name: str, questions: Questions) -> list[Answer]:
         """Return what the model says of each window of a recording."""
-        stride = self.request.stride or self.recipe.sample.stride
-        questions = self.recipe.questions(recording, self.built, self.preprocess, stride)
         answers: list[Answer] = []
-        with self.console.progress(f"infer {recording.id}", questions.count, "windows") as bar:
+        with self.console.progress(f"infer {name}", questions.count, "windows") as bar:
             while asked := list(islice(questions.asked, _BATCH)):
                 said = self.recipe.predict(self.built, [one.row for one in asked], self.preprocess)
                 answers += [Answer(_without_pictures(one), what) for one, what in zip(asked, said, strict=True)]
@@ -146,9 +148,10 @@ class Asker:
         path = self.request.out / f"{safe_name(clip.name)}.mp4"
         camera = views.MOSAIC if views.MOSAIC in recording.cameras else self.preprocess.cameras[0]
         said = [Said(answer.asked.window, answer.prediction.values, answer.asked.truth) for answer in answers]
-        stride = self.request.stride or self.recipe.sample.stride
-        write_overlay(path, recording, camera, said, stride=stride, recipe=self.recipe, preprocess=self.preprocess)
-        self.console.say(f"overlay {path}")
+        receipt = write_overlay(path, recording, camera, said, recipe=self.recipe, preprocess=self.preprocess)
+        skipped_s = receipt["skipped_us"] / 1e6
+        leap = f"; it leaps over {skipped_s:.1f} s that no answer speaks for" if skipped_s else ""
+        self.console.say(f"overlay {path}{leap}")
         return str(path)
 
     def _say(self, name: str, answers: Sequence[Answer], path: Path) -> None:

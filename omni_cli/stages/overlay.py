@@ -17,7 +17,7 @@ from omni_cli.samples.camera_frames import camera_frames
 from omni_cli.samples.preprocess import Preprocess
 from omni_cli.samples.prompts import camera_title
 from omni_cli.samples.sync import PlannedWindow
-from omni_cli.scene.clock import Float64Array
+from omni_cli.scene.clock import Float64Array, period_us
 from omni_cli.scene.recording import CameraStream, Recording
 
 WIDTH_PX, BAND_PX = 640, 64
@@ -42,6 +42,11 @@ class _Shown:
     at: int
     said: Said
 
+    @property
+    def instant_us(self) -> int:
+        """When it is, on the recording's clock."""
+        return int(self.said.window.instants_us[self.at])
+
 
 def write_overlay(
     path: Path,
@@ -49,32 +54,36 @@ def write_overlay(
     camera: str,
     said: Sequence[Said],
     *,
-    stride: int,
     recipe: Inferable,
     preprocess: Preprocess,
 ) -> dict[str, Any]:
-    """Write an H.264 mp4 in real time with its receipt; return the receipt.
+    """Write an H.264 mp4 with its receipt; return the receipt.
+
+    It runs in real time and leaps over what no answer speaks for, `skipped_us` in all; each picture bears its time.
 
     Args:
         path: the mp4.
         recording: what was asked about.
         camera: the first camera of the windows, or the mosaic.
         said: answers, by the time of their windows.
-        stride: instants between the starts of two windows.
         recipe: draws and captions them.
         preprocess: of the model.
     """
     rate = Fraction(preprocess.rate_hz).limit_denominator(1000)
-    pictures = _pictures(recording, camera, _shown(said, stride, recipe, preprocess), recipe, preprocess.decoder)
-    return files.commit(path, partial(_encode, pictures=pictures, rate=rate), camera=camera)
+    shown = _shown(said, recipe)
+    pictures = _pictures(recording, camera, shown, recipe, preprocess.decoder)
+    skipped_us = shown[-1].instant_us - shown[0].instant_us - (len(shown) - 1) * period_us(preprocess.rate_hz)
+    write = partial(_encode, pictures=pictures, rate=rate)
+    return files.commit(path, write, camera=camera, skipped_us=skipped_us)
 
 
-def _shown(said: Sequence[Said], stride: int, recipe: Inferable, preprocess: Preprocess) -> list[_Shown]:
-    """Return one entry an instant, in time; where windows overlap the one that began last speaks."""
+def _shown(said: Sequence[Said], recipe: Inferable) -> list[_Shown]:
+    """Return one entry an instant, in time."""
     by_instant: dict[int, _Shown] = {}
-    for number, one in enumerate(said):
-        for at in recipe.speaks_for(number, stride, preprocess):
-            by_instant[int(one.window.instants_us[at])] = _Shown(int(one.window.frame_index[at, 0]), at, one)
+    for one in said:
+        for at in recipe.speaks_for(one.window.instants_us, by_instant.keys()):
+            shown = _Shown(int(one.window.frame_index[at, 0]), at, one)
+            by_instant[shown.instant_us] = shown
     return [by_instant[instant] for instant in sorted(by_instant)]
 
 
@@ -110,7 +119,7 @@ def _drawn(
     draw.text((_MARGIN_PX, height + 6), f"model: {recipe.caption(said.values, shown.at)}", fill=_WHITE, font=font)
     if said.truth:
         draw.text((_MARGIN_PX, height + 34), f"truth: {recipe.caption(said.truth, shown.at)}", fill=_GREEN, font=font)
-    title = camera_title(stream.name)
+    title = f"{camera_title(stream.name)}  {shown.instant_us / 1e6:.2f} s"
     draw.text((_MARGIN_PX, 6), title, fill=_WHITE, font=font, stroke_width=2, stroke_fill=(0, 0, 0))
     return np.asarray(canvas)
 

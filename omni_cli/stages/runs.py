@@ -73,7 +73,7 @@ class Learned(Settings):
     recordings: tuple[str, ...]
     groups: tuple[str, ...] = ()  # the drives they are parts of, where the source knows
     windows: int
-    medians: dict[str, float]  # of every numeric column of the windows
+    medians: dict[str, float | tuple[float, ...]]  # over its windows, as the recipe's constant baseline needs them
 
 
 @dataclass(frozen=True)
@@ -236,11 +236,6 @@ def open_finished(folder: Path) -> Run:
     return run
 
 
-def has_finished(runs: Path) -> bool:
-    """Say whether a folder of runs holds a finished one."""
-    return any(runs.glob(f"*/{FINAL}{files.RECEIPT_SUFFIX}"))
-
-
 def choose_run(run: Path | None, runs: Path) -> Path:
     """Return the folder of the run that a user named (a path, or a name in `runs`), or of the newest finished one.
 
@@ -249,10 +244,15 @@ def choose_run(run: Path | None, runs: Path) -> Path:
     """
     if run is not None:
         return run if run.is_dir() or not (runs / run).is_dir() else runs / run
-    finished = [folder.parent for folder in runs.glob(f"*/{FINAL}{files.RECEIPT_SUFFIX}")]
-    if not finished:
+    if not (finished := finished_runs(runs)):
         raise UsageError(f"no finished run in {runs}; train one with: omni train")
-    return max(finished, key=lambda folder: files.receipt_path(folder / FINAL).stat().st_mtime_ns)
+    return finished[0]
+
+
+def finished_runs(runs: Path) -> list[Path]:
+    """Return the folders of finished runs, the newest first."""
+    found = [folder.parent for folder in runs.glob(f"*/{FINAL}{files.RECEIPT_SUFFIX}")]
+    return sorted(found, key=lambda folder: files.receipt_path(folder / FINAL).stat().st_mtime_ns, reverse=True)
 
 
 def seal_folder(folder: Path, **facts: Any) -> dict[str, Any]:

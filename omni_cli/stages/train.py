@@ -2,13 +2,9 @@
 
 import contextlib
 import math
-import shlex
 import shutil
 import signal
-import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -28,6 +24,7 @@ from omni_cli.samples.shards import ShardSet, open_shards
 from omni_cli.samples.splits import check_no_leak
 from omni_cli.stages import checkpoints, locate, models, runs
 from omni_cli.stages.etl import EtlRequest, ensure_sidecar, etl
+from omni_cli.stages.fitting import as_cut, check_fit, short
 from omni_cli.stages.trainer import (
     GradientCheck,
     Journal,
@@ -40,7 +37,6 @@ from omni_cli.stages.trainer import (
 )
 
 _MORE_LABELS = "make other shards with omni etl, with fewer filters, a shorter warm-up of windows, or another teacher"
-_NOT_ASKED = {"kind", "decoder_id"}  # of a preprocessing: what no setting of the recipe asks for
 
 
 @runtime_checkable
@@ -86,6 +82,7 @@ def train(recipe: Any, request: TrainRequest, console: Console) -> dict[str, Any
     check_runnable(recipe)  # before an hour of etl
     shards = _find_shards(recipe, request, console)
     console.say(f"shards {shards.folder}: {shards.manifest.count('train')} windows to train on")
+    recipe = as_cut(recipe, shards, console)
     with files.exclusive(folder, runs.TRAINING):
         return train_in(folder, recipe, shards, request.profile, console, fresh=request.fresh)
 
@@ -138,7 +135,7 @@ def _finish(
     run: runs.Run, recipe: Any, dataset: WindowDataset, preprocess: Preprocess, console: Console
 ) -> dict[str, Any]:
     """Train to the end and publish the weights."""
-    files.write_json(run.folder / runs.LEARNED, _learned(dataset).model_dump(mode="json"))
+    files.write_json(run.folder / runs.LEARNED, _learned(dataset, recipe).model_dump(mode="json"))
     built, facts = _fit(run, recipe, dataset, preprocess, console)
     shutil.rmtree(run.final, ignore_errors=True)
     recipe.save(built, run.final)
@@ -147,60 +144,20 @@ def _finish(
     return _result(run)
 
 
-def check_fit(recipe: Any, shards: ShardSet, profile: str) -> Preprocess:
-    """Return the shards' preprocessing if it is what the recipe asks for.
-
-    Raises:
-        UsageError: cameras, canvas or time grid differ; the message gives the right `omni etl` command.
-    """
-    found, wanted = shards.manifest.preprocess, recipe.preprocess()
-    if type(found) is not type(wanted):
-        raise UsageError(
-            f"shards {shards.folder} were made for recipe {shards.manifest.recipe}; make others with: "
-            f"omni etl --recipe {recipe.name} --profile {profile}, or name others with --shards"
-        )
-    fields = [name for name in type(wanted).model_fields if name not in _NOT_ASKED]
-    if differ := [name for name in fields if not _is_as_asked(getattr(found, name), getattr(wanted, name))]:
-        have, want = _short(getattr(found, differ[0])), _short(getattr(wanted, differ[0]))
-        raise UsageError(
-            f"shards {shards.folder} have {differ[0]} {have}, this recipe asks for {want}; make fitting ones: omni etl "
-            f"--recipe {recipe.name} --profile {profile}{_etl_options(recipe, differ)}, or name others with --shards"
-        )
-    return found
-
-
-def _is_as_asked(found: object, wanted: object) -> bool:
-    """Compare a field of the preprocessing; a text that ends with `*` asks for no more than what it begins with."""
-    if isinstance(wanted, str) and wanted.endswith("*"):
-        return str(found).startswith(wanted[:-1])
-    return found == wanted
-
-
-def _etl_options(recipe: Any, fields: Sequence[str]) -> str:
-    """Return the options of etl that give these fields of the preprocessing what the recipe asks for."""
-    options = recipe.preprocess().etl_options
-    asked = [options[name] for name in fields if name in options]
-    return "".join(f" {option}{_typed(attrgetter(setting)(recipe))}" for option, setting in asked)
-
-
-def _typed(value: object) -> str:
-    """Return a value as a user types it."""
-    return str(value).lower() if isinstance(value, bool) else shlex.quote(str(value))
-
-
 def dry_run(recipe: Any, request: TrainRequest, console: Console) -> dict[str, Any]:
     """Say what a training would be, on this machine or another; touch nothing."""
     preprocess, settings = recipe.preprocess(), recipe.train
-    total, trainable, weight_bytes = recipe.size(preprocess)
+    size = recipe.size(preprocess)
     samples = settings.batch_size * settings.accumulation
     facts = {
         "model": recipe.model,
         "tuning": recipe.tune.mode,
         **preprocess.facts(),
         "samples_per_step": samples,
-        "parameters": total,
-        "trainable_parameters": trainable,
-        "memory_without_activations_gib": round((weight_bytes + trainable * 12) / 2**30, 2),
+        "parameters": size.weights,
+        "trainable_parameters": size.learning,
+        "memory_without_activations_gib": round((size.weight_bytes + size.learning * 12) / 2**30, 2),
+        **({"notes": size.notes} if size.notes else {}),
     }
     facts |= _planned_steps(recipe, request, console)
     console.table(f"plan of omni train --profile {request.profile}", ("what", "value"), [*_readable(facts)])
@@ -236,6 +193,8 @@ def _fit(
     set_seed(recipe.train.seed)
     built = recipe.build(preprocess, start.checkpoint)
     console.say(f"run {run.folder}: {_describe(recipe, built)} from {len(dataset)} windows, {_span(start.step, steps)}")
+    for note in built.notes:
+        console.say(note)
     trainer = make_trainer(saved, recipe, built, dataset, steps)
     if start.checkpoint and start.step == steps:  # killed before the weights were published
         # `train` would take one step more; this is what it does first, so that the same bytes are published.
@@ -317,7 +276,7 @@ def _manifest(recipe: Any, shards: ShardSet, profile: str) -> runs.RunManifest:
 
 def _check_rows(dataset: WindowDataset, recipe: Any, folder: Path) -> None:
     if not len(dataset):
-        raise DataError(f"{folder}: no window in the train split; fetch more recordings, or use --split time")
+        raise DataError(f"{folder}: no window in the train split; make other shards with: omni etl")
     if not any(_has_label(dataset, index, recipe) for index in range(len(dataset))):
         raise DataError(f"{folder}: none of its {len(dataset)} windows has a label that counts; {_MORE_LABELS}")
     if isinstance(recipe, Tokenized) and (longest := max(dataset.token_lengths())) > recipe.max_tokens:
@@ -333,17 +292,14 @@ def _has_label(dataset: WindowDataset, index: int, recipe: Any) -> bool:
     return bool((batch["labels"] != IGNORED).any())
 
 
-def _learned(dataset: WindowDataset) -> runs.Learned:
+def _learned(dataset: WindowDataset, recipe: Any) -> runs.Learned:
     rows = [dataset.row(index) for index in range(len(dataset))]
-    columns = [name for name, value in rows[0].items() if isinstance(value, int | float)]
-    medians = {name: statistics.median(row[name] for row in rows) for name in columns}
-    known = {name: median for name, median in medians.items() if math.isfinite(median)}
     groups = {entry.group for entry in dataset.entries if entry.group}
     return runs.Learned(
         recordings=tuple(entry.id for entry in dataset.entries),
         groups=tuple(sorted(groups)),
         windows=len(rows),
-        medians=known,
+        medians=dict(recipe.medians(rows)),
     )
 
 
@@ -362,14 +318,8 @@ def _result(run: runs.Run) -> dict[str, Any]:
     return {"run": str(run.folder), "weights": str(run.final), **facts}
 
 
-def _short(value: object) -> str:
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return getattr(value, "family", None) or str(value)
-
-
 def _readable(facts: dict[str, Any]) -> list[tuple[str, str]]:
     return [
-        (key.replace("_", " "), f"{value:,}" if isinstance(value, int) else _short(value))
+        (key.replace("_", " "), f"{value:,}" if isinstance(value, int) else short(value))
         for key, value in facts.items()
     ]

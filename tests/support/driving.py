@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 from omni_cli.files import sha256_of
-from omni_cli.recipe import SplitSettings
 from omni_cli.recipes.distill import Distill
-from omni_cli.recipes.distill.settings import DistillSample, DistillTrain, DistillTune
+from omni_cli.recipes.distill.settings import DistillSample, DistillSplit, DistillTrain, DistillTune
 from omni_cli.stages.etl import EtlRequest, etl
 from omni_cli.stages.train import TrainRequest, train
 from tests.support import openpilot as made
@@ -88,7 +87,7 @@ def tiny_student(family: str = "resnet", *, cameras: str = FRONT, mode: str = "f
         "hypotheses": 2,
         "hidden": 16,
         "sample": DistillSample(**sample),
-        "split": SplitSettings(validation=0.5),
+        "split": DistillSplit(validation=0.5),
         "tune": DistillTune(**tune),
         "train": DistillTrain(**{**steps, "workers": 0, **changes.pop("train", {})}),
     }

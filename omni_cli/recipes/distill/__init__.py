@@ -1,6 +1,6 @@
 """Teach an openpilot-shaped model to drive: from route logs to a vision net and a policy that can take its place."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -19,19 +19,19 @@ from omni_cli.recipe import (
     BuiltModel,
     Loss,
     Metric,
+    ModelSize,
     Pair,
     Prediction,
     Program,
     Questions,
     Row,
     RunProgram,
-    SplitSettings,
     Stroke,
     TrainerKind,
 )
 from omni_cli.recipes.distill import answers, drawing, exporting, rows
 from omni_cli.recipes.distill.sampling import driving_preprocess, questions
-from omni_cli.recipes.distill.settings import DistillSample, DistillTrain, DistillTune
+from omni_cli.recipes.distill.settings import DistillSample, DistillSplit, DistillTrain, DistillTune
 from omni_cli.recipes.distill.teaching import labeller, program_files, teacher_notes
 from omni_cli.samples.dataset import WindowDataset
 from omni_cli.samples.driving_windows import StepFilters, driving_tables
@@ -39,7 +39,7 @@ from omni_cli.samples.model_steps import ModelFramePreprocess
 from omni_cli.samples.step_labels import MOTION
 from omni_cli.samples.tables import STEP_COLUMNS
 from omni_cli.samples.windows import TableMaker
-from omni_cli.scene.clock import Float64Array
+from omni_cli.scene.clock import Float64Array, Int64Array
 from omni_cli.scene.recording import Recording
 
 # Planes of a packed picture that is mid grey: BT.601, limited range. 128 throughout would be zero to a net, and its
@@ -59,7 +59,7 @@ class Distill(Settings):
     hidden: int = 512  # width of the memory
     precision: Literal["bfloat16", "float16", "float32"] = "float32"  # of the arithmetic on a GPU; weights are float32
     sample: DistillSample = DistillSample()
-    split: SplitSettings = SplitSettings()
+    split: DistillSplit = DistillSplit()
     tune: DistillTune = DistillTune()
     train: DistillTrain = DistillTrain()
 
@@ -86,26 +86,29 @@ class Distill(Settings):
         return partial(driving_tables, stride=sample.stride, max_age_us=sample.max_age_us, filters=filters, label=label)
 
     def notes(self) -> tuple[str, ...]:
-        """Open the teacher, and say what runs where.
+        """Open the teacher, and say what runs where, and where a split by time leaks.
 
         Raises:
             UsageError: its files or ONNX Runtime are not here.
             DataError: its files are no driving model that is known.
             OmniError: the device asked for does not start.
         """
-        return teacher_notes(self.sample.teacher, self.sample.teacher_device)
+        teacher = self.sample.teacher
+        return *teacher_notes(teacher, self.sample.teacher_device), *self.split.notes(teacher)
 
     # -- Trainable
 
     def build(self, preprocess: ModelFramePreprocess, checkpoint: Path | None = None) -> BuiltModel:
         """Build the student that learns; heads without labels stay as they are."""
-        return BuiltModel(self._tuned(self._base()), None)
+        model, notes = self._tuned(self._base())
+        return BuiltModel(model, None, notes)
 
-    def size(self, preprocess: ModelFramePreprocess) -> tuple[int, int, int]:
-        """Return how many weights there are, how many learn, and the bytes of all, without making one."""
+    def size(self, preprocess: ModelFramePreprocess) -> ModelSize:
+        """Return how large the student would be, without making one."""
         net = self._empty()
         total = adapters.weight_count(net)
-        return total, adapters.trainable_count(self._tuned(net)), total * torch.float32.itemsize
+        model, notes = self._tuned(net)
+        return ModelSize(total, adapters.trainable_count(model), total * torch.float32.itemsize, notes)
 
     def collate(self, rows_: Sequence[Row], preprocess: ModelFramePreprocess) -> Batch:
         """Stack rows; pictures stay uint8 (b, n + 1, 2, 6, 128, 256)."""
@@ -138,6 +141,10 @@ class Distill(Settings):
         net = self._labelled(self._base())
         return BuiltModel(adapters.load(net, folder, self._adapter(net)).eval(), None)
 
+    def medians(self, rows_: Sequence[Row]) -> dict[str, tuple[float, ...]]:
+        """Return the median path driven, and the median lanes where the teacher tells of them."""
+        return answers.medians(rows_, self.train.warmup_steps)
+
     def base_fingerprint(self) -> str:
         """Return a hash of a folder's weights or programs, a hub model's name, or a tiny backbone's seed."""
         shape = f"{self.hypotheses} hypotheses, hidden {self.hidden}, seed {self.train.seed}"
@@ -169,18 +176,18 @@ class Distill(Settings):
         return rows.predictions(seen, plans, len(rows_), has_scene=self._has_scene)
 
     def errors(
-        self, predictions: Sequence[Prediction], rows_: Sequence[Row], medians: Mapping[str, float]
+        self, predictions: Sequence[Prediction], rows_: Sequence[Row], medians: Mapping[str, Any]
     ) -> dict[str, Float64Array]:
-        """Return the displacement errors of each window in the mean over its steps that count."""
+        """Return the errors of each window in the mean over its steps that count, if an answer speaks of them all."""
         return answers.errors(self.metrics, predictions, rows_, self.train.warmup_steps)
 
-    def baselines(self, rows_: Sequence[Row], medians: Mapping[str, float]) -> dict[str, list[Prediction]]:
-        """Return the car that keeps its speed, that keeps its turn too, and the teacher where it is not the car."""
-        return answers.baselines(rows_, has_teacher=self._has_scene)
+    def baselines(self, rows_: Sequence[Row], medians: Mapping[str, Any]) -> dict[str, list[Prediction]]:
+        """Return constant velocity, constant curvature, the median drive, and the teacher where it is not the car."""
+        return answers.baselines(rows_, medians, has_teacher=self._has_scene)
 
     def pairs(self, predictions: Sequence[Prediction], rows_: Sequence[Row]) -> tuple[Pair, ...]:
         """Return where the car is after two seconds."""
-        return answers.pairs(predictions, rows_)
+        return answers.pairs(predictions, rows_, self.train.warmup_steps)
 
     # -- Inferable
 
@@ -213,9 +220,9 @@ class Distill(Settings):
         """Return values as JSON knows them; what is not known is null."""
         return drawing.plain(values)
 
-    def speaks_for(self, window: int, stride: int, preprocess: ModelFramePreprocess) -> range:
-        """The instants that no earlier window has seen: where windows overlap, the earlier has the longer memory."""
-        return range(1 if window == 0 else max(preprocess.num_frames - stride, 1), preprocess.num_frames)
+    def speaks_for(self, instants_us: Int64Array, spoken_us: Set[int]) -> Sequence[int]:
+        """The ends of its steps that no window speaks for: where windows overlap, the earlier has the longer memory."""
+        return [at for at in range(1, len(instants_us)) if int(instants_us[at]) not in spoken_us]
 
     def strokes(self, recording: Recording, values: Mapping[str, Any], at: int, at_us: int) -> Sequence[Stroke]:
         """Return the plan, lanes, edges and leads of the step that ends at an instant."""
@@ -312,10 +319,13 @@ class Distill(Settings):
         net.freeze_heads(tuple(net.vision.heads) if learns else ())
         return net
 
-    def _tuned(self, net: driving_net.DrivingNet) -> nn.Module:
-        """Let learn what the settings say: all that has labels, or an adapter."""
+    def _tuned(self, net: driving_net.DrivingNet) -> tuple[nn.Module, tuple[str, ...]]:
+        """Let learn what the settings say, all that has labels or an adapter, and note what no adapter can sit on."""
         labelled = self._labelled(net)
-        return labelled if self.tune.mode == "full" else adapters.attach(labelled, self._adapter(labelled))
+        if self.tune.mode == "full":
+            return labelled, ()
+        notes = () if self.tune.targets else adapters.left_out_notes(labelled)  # else the user left out what they did
+        return adapters.attach(labelled, self._adapter(labelled)), notes
 
     def _adapter(self, net: driving_net.DrivingNet) -> adapters.AdapterSpec:
         tune = self.tune

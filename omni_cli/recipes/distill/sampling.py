@@ -1,6 +1,7 @@
 """From settings to the frozen preprocessing and the teacher, and windows that no shard holds."""
 
 from collections.abc import Iterator, Sequence
+from itertools import compress
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from omni_cli.recipes.distill.rows import unlabelled
 from omni_cli.recipes.distill.settings import DistillSample
 from omni_cli.recipes.distill.teaching import identity
 from omni_cli.samples.driven_path import driven_paths
-from omni_cli.samples.driving_windows import per_view, window_pictures
+from omni_cli.samples.driving_windows import UNPAIRED, per_view, window_pictures
 from omni_cli.samples.model_steps import ModelFramePreprocess
 from omni_cli.samples.model_views import known_calibration
 from omni_cli.samples.step_labels import desire_pulses
@@ -41,6 +42,8 @@ def driving_preprocess(sample: DistillSample) -> ModelFramePreprocess:
         rate_hz=sample.rate_hz,
         sampling=sample.sampling,
         teacher=identity(sample.teacher),
+        require_calibrated=sample.require_calibrated,
+        require_fix=sample.require_fix,
         decoder_id=video.decoder_id("pyav"),
     )
 
@@ -49,7 +52,7 @@ def questions(recording: Recording, preprocess: ModelFramePreprocess, stride: in
     """Return the windows of a calibrated recording; pictures are decoded while they are asked for.
 
     Raises:
-        DataError: a camera or its calibration is missing, or no window is left.
+        DataError: a camera or its calibration is missing, no window is left, or two cameras are never exposed together.
     """
     for stream in camera_streams(recording, preprocess.cameras).values():
         known_calibration(recording, stream)
@@ -57,13 +60,15 @@ def questions(recording: Recording, preprocess: ModelFramePreprocess, stride: in
     if not plan.windows:
         needed = f"{preprocess.num_frames} frames at {preprocess.rate_hz:g} Hz"
         raise DataError(f"{recording.id}: holds no window of {needed}; lower --stride, or take a longer recording")
-    return Questions(len(plan.windows), _asked(recording, preprocess, plan.windows))
+    windows, is_paired = per_view(recording, plan.windows, preprocess)
+    dropped = plan.dropped if all(is_paired) else {**plan.dropped, UNPAIRED: is_paired.count(False)}
+    asked = _asked(recording, preprocess, list(compress(windows, is_paired)))
+    return Questions(sum(is_paired), asked, dropped)
 
 
 def _asked(recording: Recording, preprocess: ModelFramePreprocess, windows: Sequence[PlannedWindow]) -> Iterator[Asked]:
-    seen = [per_view(recording, window, preprocess) for window in windows]
     device = recording.device
-    for window, pictures in zip(seen, window_pictures(recording, preprocess, seen), strict=True):
+    for window, pictures in zip(windows, window_pictures(recording, preprocess, windows), strict=True):
         times_us = window.timestamp_us[1:, 0]
         row = {
             "pictures": torch.from_numpy(pictures),

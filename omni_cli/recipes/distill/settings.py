@@ -4,7 +4,8 @@ from typing import Literal
 
 from pydantic import Field, field_serializer, field_validator
 
-from omni_cli.recipe import SampleSettings, TrainSettings, TuneSettings
+from omni_cli.formats.driving_model import T_IDXS_S
+from omni_cli.recipe import SampleSettings, SplitSettings, TrainSettings, TuneSettings
 from omni_cli.recipes.distill import teaching
 from omni_cli.samples.model_frames import Sampling
 from omni_cli.samples.model_steps import STEP_RATE_HZ
@@ -33,6 +34,25 @@ class DistillSample(SampleSettings):
     def _by_contents(self, teacher: str) -> str:
         """Write ONNX files by what they hold: shards and runs depend on that, and not on where the files lie."""
         return teaching.identity(teacher)
+
+
+class DistillSplit(SplitSettings):
+    """How windows are kept apart; the path to learn at a window's last step goes on beyond the window."""
+
+    gap_s: float = Field(10.0, ge=0)  # time rule: as SplitSettings; a path reaches so far ahead
+
+    def notes(self, teacher: str) -> tuple[str, ...]:
+        """Say so where training would be told where the car goes in the drive's last share, which measures it.
+
+        A teacher that is a model looks at no later picture: its paths are forecasts, and tell nothing of that share.
+        """
+        reach_s = float(T_IDXS_S[-1])
+        if self.rule != "time" or teacher != MOTION or self.gap_s >= reach_s:
+            return ()
+        return (
+            f"split.gap_s = {self.gap_s:g}: paths to learn from reach {reach_s:g} s ahead, into the stretch that is "
+            f"measured on, and its numbers will flatter; {reach_s:g} or more keeps the two apart",
+        )
 
 
 class DistillTune(TuneSettings):

@@ -2,7 +2,8 @@
 
 ONNX files are named by path where they are run, at etl, and by their contents everywhere else: shards and runs hold
 `onnx:HASH`, so that files may move and a later one of the same name is not taken for them. Training and measuring need
-no file. Where settings name files that are not here, their contents are unknown, and shards of any ONNX teacher fit.
+no file. Where settings name files that are not here, their contents are unknown, and shards of any ONNX teacher fit;
+a run records which it was.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,10 +1,10 @@
 """Fine-tune a vision-language model on tiled multi-camera windows: it answers how the car moved."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any, ClassVar, Literal, Self
 
 import pyarrow as pa
@@ -22,6 +22,7 @@ from omni_cli.recipe import (
     BuiltModel,
     Loss,
     Metric,
+    ModelSize,
     Pair,
     Prediction,
     Program,
@@ -43,7 +44,7 @@ from omni_cli.samples.dataset import WindowDataset
 from omni_cli.samples.tables import EGO_MOTION_COLUMNS
 from omni_cli.samples.tiling import TiledPreprocess
 from omni_cli.samples.windows import TableMaker, ego_motion_tables
-from omni_cli.scene.clock import Float64Array
+from omni_cli.scene.clock import Float64Array, Int64Array
 from omni_cli.scene.recording import Recording
 
 _PROBE_SPEEDS_MPS = (3.0, 21.5)
@@ -124,8 +125,8 @@ class Vlm(Settings):
             return BuiltModel(model, tokenizer)
         return BuiltModel(adapters.attach(model, self._adapter()), tokenizer)
 
-    def size(self, preprocess: TiledPreprocess) -> tuple[int, int, int]:
-        """Return how many weights there are, how many learn, and the bytes of all, without making one."""
+    def size(self, preprocess: TiledPreprocess) -> ModelSize:
+        """Return how large the model would be, without making one."""
         if families.is_tiny(self.model):
             config = tiny.tiny_config(families.family_of(self.model).name, self.tokenizer(preprocess))
         else:
@@ -136,7 +137,7 @@ class Vlm(Settings):
         trainable = (
             total if self.tune.mode == "full" else adapters.trainable_count(adapters.attach(model, self._adapter()))
         )
-        return total, trainable, weight_bytes
+        return ModelSize(total, trainable, weight_bytes)
 
     def load_base(self, preprocess: TiledPreprocess, source: str | None = None) -> Any:
         """Return the base model, or the same architecture with the weights of `source`."""
@@ -186,6 +187,10 @@ class Vlm(Settings):
             return BuiltModel(self.load_base(preprocess, source=str(folder)).eval(), tokenizer)
         return BuiltModel(adapters.load(self.load_base(preprocess), folder, self._adapter()).eval(), tokenizer)
 
+    def medians(self, rows: Sequence[Row]) -> dict[str, float]:
+        """Return the median of each quantity that an answer states."""
+        return {name: median(row[name] for row in rows) for name in self._columns}
+
     def base_fingerprint(self) -> str:
         """Return a hash of a local base's weights, a hub model's name, or a tiny model's seed."""
         if families.is_tiny(self.model):
@@ -233,12 +238,7 @@ class Vlm(Settings):
         with torch.no_grad():
             features = self._features(built.model, pictures, preprocess)
         texts = qwen_vl.generate_text(
-            built.model,
-            built.tokenizer,
-            batch,
-            features,
-            max_new_tokens=_MAX_ANSWER_TOKENS,
-            end=prompts.ANSWER_END,
+            built.model, built.tokenizer, batch, features, max_new_tokens=_MAX_ANSWER_TOKENS, end=prompts.ANSWER_END
         )
         return [Prediction(text, prompts.parse_answer(preprocess.labels, text)) for text in texts]
 
@@ -282,9 +282,9 @@ class Vlm(Settings):
         """Return the quantities."""
         return dict(values)
 
-    def speaks_for(self, window: int, stride: int, preprocess: TiledPreprocess) -> range:
-        """Every instant of the window."""
-        return range(preprocess.num_frames)
+    def speaks_for(self, instants_us: Int64Array, spoken_us: Set[int]) -> Sequence[int]:
+        """Every instant: where windows overlap, the one that began last speaks."""
+        return range(len(instants_us))
 
     def strokes(self, recording: Recording, values: Mapping[str, Any], at: int, at_us: int) -> tuple[Stroke, ...]:
         """Nothing: an answer is a text."""

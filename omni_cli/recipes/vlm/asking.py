@@ -23,14 +23,14 @@ def questions(
     Raises:
         DataError: a camera is missing, no window is left, or the speed that the prompt tells is not known.
     """
-    windows = views.plan_views(recording, preprocess, stride=stride, max_age_us=max_age_us)
+    plan = views.plan_views(recording, preprocess, stride=stride, max_age_us=max_age_us)
     if preprocess.past_speed and not views.has_motion(recording):
         raise DataError(
             f"{recording.id}: the model is told the speed at the first frame, which a plain video does not hold; "
             "give the id of a recording under --data, or a model trained with sample.past_speed = false"
         )
-    motion = views.known_motion(recording, windows)
-    return Questions(len(windows), _asked(recording, preprocess, windows, motion, make_row))
+    motion = views.known_motion(recording, plan.windows)
+    return Questions(len(plan.windows), _asked(recording, preprocess, plan.windows, motion, make_row), plan.dropped)
 
 
 def _asked(

@@ -1,0 +1,45 @@
+"""What `omni eval` says in words: a table that shows a blind model must not be overlooked."""
+
+import pytest
+
+from omni_cli.recipe import Metric
+from omni_cli.stages.evaluate import verdicts
+
+METRIC = Metric("ade_2s", "ADE 2 s", "m")
+
+
+def report(**values: float | None) -> dict:
+    rows = [
+        {"name": name.replace("_", " "), "ade_2s": value, "ade_2s_interval": (0.0, 1.0)}
+        for name, value in values.items()
+    ]
+    return {"conditions": rows, "reference": "constant velocity", "recordings": 8}
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"model": 0.8, "pictures_swapped": 3.2, "constant_velocity": 2.0}, []),
+        ({"model": 0.8, "constant_velocity": 2.0}, []),  # one stretch of one drive: no control
+        ({"model": None, "pictures_swapped": None, "constant_velocity": 2.0}, []),
+        (
+            {"model": 8.53, "pictures_swapped": 8.53, "constant_velocity": 0.15},
+            [
+                "the answers hardly depend on the pictures: ADE 2 s is 8.53 m with the right pictures, 8.53 with those",
+                "no better than constant velocity, which sees nothing: 8.53 and 0.15",
+            ],
+        ),
+        ({"model": 1.0, "pictures_swapped": 1.04, "constant_velocity": 2.0}, ["the answers hardly depend on"]),
+        ({"model": 1.0, "pictures_swapped": 0.5, "constant_velocity": 2.0}, ["the answers hardly depend on"]),
+        ({"model": 2.0, "pictures_swapped": 4.0, "constant_velocity": 2.0}, ["no better than constant velocity"]),
+    ],
+)
+def test_a_model_that_needs_no_pictures_is_told(values, said):
+    found = verdicts(report(**values), METRIC)
+    assert [line[: len(start)] for line, start in zip(found, said, strict=True)] == said
+
+
+def test_without_intervals_it_says_why():
+    one = report(model=0.8, pictures_swapped=3.2, constant_velocity=2.0)
+    one["conditions"][0]["ade_2s_interval"], one["recordings"] = None, 1
+    assert verdicts(one, METRIC) == ["no intervals: they need several recordings, this is 1"]
