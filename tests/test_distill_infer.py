@@ -226,13 +226,15 @@ def test_the_real_cars_own_model_teaches(real_segment, tmp_path):
     assert rows["teacher"]["teacher_ade_2s"] == 0 < abs(apart) < rows["teacher"]["ade_2s_taught"]
 
 
-def test_training_says_which_layers_no_adapter_sits_on(made, tmp_path, capsys):
+def test_training_says_which_layers_no_adapter_sits_on_and_what_it_sits_on(made, tmp_path, capsys):
     recipe = tiny_student("convnextv2", cameras="qcamera", mode="dora")
     request = TrainRequest(made.shards, made.data, tmp_path, "r", "test")
-    (note,) = train(recipe, replace(request, dry_run=True), QUIET)["notes"]
-    assert note.startswith("no adapter sits on ")
+    left_out, base = train(recipe, replace(request, dry_run=True), QUIET)["notes"]
+    assert left_out.startswith("no adapter sits on ")
+    assert base.startswith("the base never learned to drive")
     train(recipe, request, Console())
-    assert capsys.readouterr().err.splitlines().count(note) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert (said.count(left_out), said.count(base)) == (1, 1)
 
 
 # -- bad input, as a user meets it

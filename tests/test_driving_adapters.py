@@ -146,16 +146,24 @@ def test_what_cannot_be_adapted_is_left_out_by_name() -> None:
         assert adapters.left_out_notes(make_net(family)) == ()
 
 
-def test_a_recipe_notes_what_its_adapter_leaves_out_unless_the_user_chose_it() -> None:
-    recipe = tiny_student("convnextv2", mode="dora")
-    said = adapters.left_out_notes(make_net("convnextv2"))
-    assert recipe.build(recipe.preprocess()).notes == recipe.size(recipe.preprocess()).notes == said
-    for other in (
-        tiny_student("convnextv2"),
-        tiny_student("resnet", mode="dora"),
-        tiny_student("convnextv2", mode="dora", tune={"targets": ("policy.plan.2",)}),
-    ):
-        assert other.build(other.preprocess()).notes == other.size(other.preprocess()).notes == ()
+def notes_of(recipe) -> tuple[str, ...]:
+    notes = recipe.build(recipe.preprocess()).notes
+    assert recipe.size(recipe.preprocess()).notes == notes
+    return notes
+
+
+def test_a_recipe_notes_what_its_adapter_leaves_out_unless_the_user_chose_it(tmp_path) -> None:
+    driving_net.save_net(make_net("convnextv2"), tmp_path)
+    adapted = {"mode": "dora", "model": str(tmp_path)}
+    assert notes_of(tiny_student(**adapted)) == adapters.left_out_notes(make_net("convnextv2")) != ()
+    assert notes_of(tiny_student(**adapted, tune={"targets": ("policy.plan.2",)})) == ()
+    assert notes_of(tiny_student("convnextv2")) == ()
+
+
+def test_an_adapter_on_a_base_that_never_drove_is_told() -> None:
+    (said,) = notes_of(tiny_student("resnet", mode="dora"))
+    assert said.startswith("the base never learned to drive")
+    assert notes_of(tiny_student("resnet")) == ()
 
 
 BAD = {

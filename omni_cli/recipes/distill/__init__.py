@@ -42,6 +42,10 @@ from omni_cli.samples.windows import TableMaker
 from omni_cli.scene.clock import Float64Array, Int64Array
 from omni_cli.scene.recording import Recording
 
+_NEVER_DROVE = (
+    "the base never learned to drive, its policy is drawn from a seed: an adapter on it learns little; train one in "
+    "full first, and name it with --set model=RUN/final"
+)
 # Planes of a packed picture that is mid grey: BT.601, limited range. 128 throughout would be zero to a net, and its
 # first layer could not learn.
 _GREY = (126, 126, 126, 126, 128, 128)
@@ -325,6 +329,7 @@ class Distill(Settings):
         if self.tune.mode == "full":
             return labelled, ()
         notes = () if self.tune.targets else adapters.left_out_notes(labelled)  # else the user left out what they did
+        notes += () if self._is_student else (_NEVER_DROVE,)
         return adapters.attach(labelled, self._adapter(labelled)), notes
 
     def _adapter(self, net: driving_net.DrivingNet) -> adapters.AdapterSpec:

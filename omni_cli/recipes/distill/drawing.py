@@ -13,6 +13,7 @@ from omni_cli.scene.model_frame import project_calib_points
 from omni_cli.scene.recording import Recording
 
 _PLAN, _TRUTH, _LANE, _EDGE, _LEAD = (250, 210, 60), (90, 220, 90), (240, 240, 240), (230, 80, 60), (90, 170, 255)
+_BENEATH_PX = 7  # the truth shows on both sides of a plan that lies on it
 _IS_THERE = 0.5
 _NEAREST_M = 2.0  # of a path: what is nearer lies under the bonnet
 _LEAD_WIDTH_M, _LEAD_HEIGHT_M = 1.8, 1.5
@@ -76,7 +77,7 @@ def _lines(
     xy_m = values["xy_m"][step]
     is_ahead = ~(xy_m[:, 0] < _NEAREST_M)
     path = np.column_stack([xy_m, np.full(len(xy_m), height_m)])[is_ahead]
-    yield path, _TRUTH if "is_truth" in values else _PLAN, 3
+    yield (path, _TRUTH, _BENEATH_PX) if "is_truth" in values else (path, _PLAN, 3)
     if "lead" in values and values["lead_prob"][step, 0] > _IS_THERE:
         x_m, y_m = values["lead"][step, 0, :2]
         yield _box(x_m, y_m, height_m), _LEAD, 2
