@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install check test storm test-gpu bench-gpu demo clean
+.PHONY: help install check strace test storm learning test-gpu bench-gpu demo clean
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -12,7 +12,7 @@ install: $(STAMP)  ## create .venv with the pinned, tested versions
 $(STAMP): pyproject.toml .ci/constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[dev,onnx,openpilot]'
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[dev,onnx,openpilot,ray]'
 	touch $@
 
 check: $(STAMP)  ## format, lint, types, layers
@@ -21,11 +21,18 @@ check: $(STAMP)  ## format, lint, types, layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check  ## everything that CI runs, one process a core
+STRACE := $(shell command -v strace)
+strace:  # the tests inject faults into system calls with it
+	$(if $(STRACE),,apt-get update --quiet && apt-get install --yes --quiet strace)
+
+test: check strace  ## everything that CI runs, one process a core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-storm: $(STAMP)  ## the long destructive tests: kills at random moments, full-size clips
-	$(BIN)/python -m pytest -m storm
+storm: $(STAMP) strace  ## every fault of the catalogue: kills, full disks, flipped bits, hubs that lie
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'storm or fault' --numprocesses auto --dist loadfile
+
+learning: $(STAMP)  ## how well the recipes learn, for three seeds: half an hour of training
+	$(BIN)/python -m pytest -m learning
 
 test-gpu: $(STAMP)  ## the tests that need a GPU; they fail, and do not skip, where torch sees none
 	$(BIN)/python -m pytest -m gpu

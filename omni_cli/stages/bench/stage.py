@@ -13,9 +13,10 @@ from omni_cli.config import nearest
 from omni_cli.errors import UsageError
 from omni_cli.report import Console
 from omni_cli.stages.bench.answers import bench_infer
-from omni_cli.stages.bench.data import bench_etl, bench_loader
 from omni_cli.stages.bench.inputs import Inputs
 from omni_cli.stages.bench.latency import bench_export, find_export
+from omni_cli.stages.bench.loader import bench_loader
+from omni_cli.stages.bench.recordings import bench_etl
 from omni_cli.stages.bench.steps import bench_train
 from omni_cli.stages.bench.timing import Line, Part
 from omni_cli.stages.runs import Run

@@ -1,12 +1,10 @@
-"""How fast recordings become shards, and shards become batches."""
+"""How fast recordings become shards."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 from omni_cli.formats.video import decode_only
 from omni_cli.models.host_memory import keep_freed_blocks
-from omni_cli.recipe import Batch
-from omni_cli.samples.dataset import ALL, WindowDataset
 from omni_cli.samples.shards import write_recording
 from omni_cli.samples.tables import ShardTables
 from omni_cli.samples.windows import span_us
@@ -14,9 +12,7 @@ from omni_cli.scene.clock import MICROSECONDS_PER_SECOND
 from omni_cli.sources import open_source
 from omni_cli.stages.bench.inputs import Inputs
 from omni_cli.stages.bench.timing import Line, Part, measure, summed
-from omni_cli.stages.etl import ensure_sidecar
 
-_BATCHES = 4  # in one go of the loader
 _WHOLE, _OPEN, _MAKER, _WRITE = "a recording", "open it, read its log", "decode, resize and cut", "write and hash"
 _DECODE = "decode alone"
 
@@ -53,26 +49,3 @@ def bench_etl(inputs: Inputs, repeats: int) -> Part:
     ratios[f"{_DECODE} / {_WHOLE}, in time"] = timings[_DECODE].median_s / whole.median_s
     on = f"{recording.id} of {found.folder}, {len(preprocess.cameras)} cameras, one process"
     return Part("etl", on, lines, ratios)
-
-
-def bench_loader(inputs: Inputs, repeats: int) -> Part:
-    """Time windows on their way from mapped shards into batches, in one process."""
-    recipe, shards = inputs.recipe, inputs.shards
-    dataset = WindowDataset(shards, ALL, ensure_sidecar(shards, recipe, inputs.console))
-    size = recipe.train.batch_size
-    numbers = [index % len(dataset) for index in range(size * _BATCHES)]
-    batches = [numbers[start : start + size] for start in range(0, len(numbers), size)]
-
-    def load() -> list[Batch]:
-        return [_batch(inputs, dataset, batch) for batch in batches]
-
-    timing = measure({"load": load}, repeats)["load"]
-    window_bytes = dataset.pictures(0).numel()
-    amounts = {"windows": len(numbers), "MB": len(numbers) * window_bytes / 1e6}
-    line = Line(f"{_BATCHES} batches of {size}", timing, amounts)
-    return Part("loader", f"{shards.folder}, {len(dataset)} windows, one process", (line,))
-
-
-def _batch(inputs: Inputs, dataset: WindowDataset, numbers: Sequence[int]) -> Batch:
-    batch: Batch = inputs.recipe.collate([dataset[number] for number in numbers], dataset.preprocess)
-    return batch
