@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install check strace test storm learning test-gpu bench-gpu demo clean
+.PHONY: help install check strace test storm marathon test-gpu bench-gpu demo clean
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -31,8 +31,8 @@ test: check strace  ## everything that CI runs, one process a core
 storm: $(STAMP) strace  ## every fault of the catalogue: kills, full disks, flipped bits, hubs that lie
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'storm or fault' --numprocesses auto --dist loadfile
 
-learning: $(STAMP)  ## how well the recipes learn, for three seeds: half an hour of training
-	$(BIN)/python -m pytest -m learning
+marathon: $(STAMP)  ## what takes long: how well the recipes learn for three seeds, kills of every kind of training, full-size clips
+	$(BIN)/python -m pytest -m marathon
 
 test-gpu: $(STAMP)  ## the tests that need a GPU; they fail, and do not skip, where torch sees none
 	$(BIN)/python -m pytest -m gpu

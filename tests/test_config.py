@@ -60,6 +60,7 @@ def test_later_layers_win_and_origins_are_kept():
         ("lora.rank", "--set lora.rank: expected KEY=VALUE"),
     ],
 )
+@pytest.mark.fault("F25")
 def test_a_wrong_setting_is_one_line(assignment, message):
     with pytest.raises(UsageError) as caught:
         resolve(Train, [override_layer([assignment])])
@@ -67,6 +68,7 @@ def test_a_wrong_setting_is_one_line(assignment, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.fault("F25")
 def test_a_bad_file_is_named(tmp_path: Path):
     path = tmp_path / "run.toml"
     with pytest.raises(UsageError, match="no config file"):

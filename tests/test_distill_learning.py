@@ -7,7 +7,7 @@ from omni_cli.report import Console
 from omni_cli.stages.demo import PROFILE, DemoRequest, driving_demo
 
 
-@pytest.mark.learning
+@pytest.mark.marathon
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_student_of_the_cars_own_motion_beats_constant_velocity(seed, tmp_path):
     """Held-out drives of the synthetic world, the whole demo with its own settings: minutes on two cores."""

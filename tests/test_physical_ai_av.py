@@ -320,7 +320,7 @@ def test_frames_that_an_edit_list_hides_are_no_frames(copy):
 
 @pytest.mark.parametrize(
     ("seconds", "cameras"),
-    [(3, (FRONT, LEFT)), pytest.param(20, layout.CAMERAS, marks=pytest.mark.storm, id="a whole clip")],
+    [(3, (FRONT, LEFT)), pytest.param(20, layout.CAMERAS, marks=pytest.mark.marathon, id="a whole clip")],
 )
 def test_full_size_clips_are_whole(tmp_path, seconds, cameras):
     spec = SyntheticSpec(

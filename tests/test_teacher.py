@@ -246,6 +246,7 @@ class Hostile:
         return os.mkdir, (str(self.folder),)
 
 
+@pytest.mark.fault("F24")
 def test_code_in_the_slices_never_runs(tmp_path):
     pwned = tmp_path / "pwned"
     text = base64.b64encode(pickle.dumps({"plan": Hostile(pwned)})).decode()

@@ -101,11 +101,12 @@ FIRST, LAST = "checkpoint-*", f"checkpoint-{STEPS}.receipt.json"
         (("qwen2_5_vl", "lora", "constant_with_warmup"), (LAST, 0.0)),
     ],
 )
+@pytest.mark.fault("F1")
 def test_killed_and_run_again_the_weights_are_the_same_bit_for_bit(tmp_path, shards, how, kill) -> None:
     check_killed_equals_undisturbed(tmp_path, shards[how[0]], how, [kill])
 
 
-@pytest.mark.storm
+@pytest.mark.marathon
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 @pytest.mark.parametrize("mode", ["full", "lora", "dora"])
 @pytest.mark.parametrize("schedule", ["cosine", "constant_with_warmup"])
@@ -116,6 +117,7 @@ def test_five_kills(tmp_path, shards, family, mode, schedule) -> None:
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.fault("F2")
 def test_sigterm_and_ctrl_c_save_what_was_learned(tmp_path, shards, sent, code) -> None:
     process = start(tmp_path, shards["qwen2_5_vl"], "qwen2_5_vl", "full", "cosine")
     while not list((tmp_path / "r" / "checkpoints").glob("checkpoint-*")):
@@ -126,6 +128,7 @@ def test_sigterm_and_ctrl_c_save_what_was_learned(tmp_path, shards, sent, code) 
     assert 3 <= checkpoints.find_start(tmp_path / "r" / "checkpoints", run_key).step < STEPS
 
 
+@pytest.mark.fault("F26")
 def test_a_checkpoint_that_is_damaged_or_another_runs_does_not_count(tmp_path) -> None:
     for step, run_key in ((3, "mine"), (6, "mine"), (12, "another's")):
         folder = tmp_path / f"checkpoint-{step}"
@@ -188,6 +191,7 @@ def test_an_empty_shard_folder_is_refused(tmp_path) -> None:
         train(tiny_recipe(), request(tmp_path / "empty", tmp_path), QUIET)
 
 
+@pytest.mark.fault("F10")
 def test_two_trainings_of_one_run_at_once_are_refused(tmp_path, shards) -> None:
     with exclusive(tmp_path / "r", "training in"), pytest.raises(OmniError, match="another omni is training in"):
         train(tiny_recipe(), request(shards["qwen2_5_vl"], tmp_path), QUIET)
