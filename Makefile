@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install check strace test storm marathon test-gpu bench-gpu demo clean
+.PHONY: help install check tools test storm marathon test-gpu bench-gpu demo clean
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -21,14 +21,15 @@ check: $(STAMP)  ## format, lint, types, layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-STRACE := $(shell command -v strace)
-strace:  # the tests inject faults into system calls with it
-	$(if $(STRACE),,apt-get update --quiet && apt-get install --yes --quiet strace)
+tools:  # the tests inject faults into system calls and clocks with them; those that need one that lacks are skipped by name
+	@command -v strace >/dev/null && command -v faketime >/dev/null || \
+	{ apt-get update --quiet && apt-get install --yes --quiet strace faketime; } || \
+	echo 'strace or faketime lacks and cannot be installed: the tests that need it are skipped'
 
-test: check strace  ## everything that CI runs, one process a core
+test: check tools  ## everything that CI runs, one process a core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-storm: $(STAMP) strace  ## every fault of the catalogue: kills, full disks, flipped bits, hubs that lie
+storm: $(STAMP) tools  ## every fault of the catalogue: kills, full disks, flipped bits, hubs that lie
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'storm or fault' --numprocesses auto --dist loadfile
 
 marathon: $(STAMP)  ## what takes long: how well the recipes learn for three seeds, kills of every kind of training, full-size clips

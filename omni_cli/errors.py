@@ -19,6 +19,7 @@ _REMEDIES = {
     errno.EISDIR: "a file was expected there; choose another",
     errno.ENOSPC: "free the disk and run the same command again",
     errno.EDQUOT: "free some of your quota and run the same command again",
+    errno.EMFILE: "allow more of them with ulimit -n and run the same command again",
     errno.EIO: "the disk failed; choose another folder, or mend it and run the same command again",
 }
 

@@ -8,11 +8,13 @@ import time
 
 import pytest
 
+from omni_cli.errors import OmniError
 from omni_cli.files import (
     TEMPORARY_MARK,
     atomic_write,
     canonical_json,
     commit,
+    exclusive,
     receipt_path,
     remove_leftovers,
     verified_receipt,
@@ -80,18 +82,59 @@ def test_leftovers_of_dead_processes_go_and_those_of_the_living_stay(tmp_path):
 
 
 @pytest.mark.parametrize("pid", ["the same", "none"])
-def test_what_another_host_writes_is_left_alone_for_a_day(tmp_path, pid):
+def test_what_another_host_writes_is_left_alone_for_a_day(tmp_path, pid, monkeypatch):
     left = leave_behind(tmp_path)
+    monkeypatch.setattr(time, "time", lambda: 2e9)  # this host's clock is years ahead: the disk's own counts
     name, _, rest = left.name.rpartition(TEMPORARY_MARK)
     host, number, token = rest.split("-")
     elsewhere = f"{int(host, 16) ^ 1:08x}"
     other = left.rename(tmp_path / f"{name}{TEMPORARY_MARK}{elsewhere}-{number if pid == 'the same' else ''}-{token}")
     remove_leftovers(tmp_path)
     assert other.exists()
-    yesterday = time.time() - 25 * 3600
+    yesterday = other.stat().st_mtime - 25 * 3600
     os.utime(other, (yesterday, yesterday))
     remove_leftovers(tmp_path)
     assert not other.exists()
+
+
+def test_what_an_earlier_process_of_the_same_number_left_goes(tmp_path):
+    """A container that is started again numbers its processes as before."""
+    with atomic_write(tmp_path / "b"):
+        (kept,) = tmp_path.iterdir()
+        gone = tmp_path / kept.name.replace(f"-{os.getpid()}.", f"-{os.getpid()}.9")
+        gone.touch()
+        remove_leftovers(tmp_path)
+        assert list(tmp_path.iterdir()) == [kept]
+
+
+@pytest.mark.fault("F11")
+def test_the_lock_of_a_dead_process_is_taken_over_and_that_of_a_living_one_is_not(tmp_path):
+    (tmp_path / ".lock").write_text("1\n")  # the oldest of all processes; what a lock file says is nobody's claim
+    os.utime(tmp_path / ".lock", (0, 0))
+    with (
+        exclusive(tmp_path, "testing"),
+        pytest.raises(OmniError, match="another omni is testing"),
+        exclusive(tmp_path, "testing"),
+    ):
+        pass
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(OmniError, match="another omni is holding"), exclusive(tmp_path, "holding"):
+            pass
+        holder.kill()
+        holder.wait()
+    with exclusive(tmp_path, "testing"):
+        pass
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from omni_cli.files import exclusive
+with exclusive(Path(sys.argv[1]), "holding"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
 
 
 def test_canonical_json_is_one_spelling():

@@ -30,10 +30,20 @@ CHECKPOINTS = "checkpoints"
 FINAL = "final"
 LEARNED = "learned.json"
 HISTORY = "history.jsonl"
+RECORDS = "records"  # what lies beside the weights; its receipt alone is written
 TRAINING = "training in"  # what the lock of a run's folder is held for
 _LOCK = ".lock"
 _LONGEST_NAME_BYTES = 200  # a file system's 255, less what stands around it in the names of hidden siblings
-_OF_A_RUN = {RUN_FILE, CONFIG, CHECKPOINTS, FINAL, FINAL + files.RECEIPT_SUFFIX, LEARNED, HISTORY}
+_OF_A_RUN = {
+    RUN_FILE,
+    CONFIG,
+    CHECKPOINTS,
+    FINAL,
+    FINAL + files.RECEIPT_SUFFIX,
+    LEARNED,
+    HISTORY,
+    RECORDS + files.RECEIPT_SUFFIX,
+}
 _KEYS_OF_A_RUN = {"recipe", "settings", "shards", "base_fingerprint"}  # of run.json, whatever its format
 
 
@@ -98,7 +108,13 @@ class Run:
         return verified_folder(self.final, expect=self._bound()) is not None
 
     def seal(self, **facts: Any) -> None:
-        """Write the receipt of the trained weights: the run is done."""
+        """Write the receipt of the trained weights: the run is done.
+
+        What lies beside them has a receipt of its own: a history holds times, and the weights' receipt depends on none.
+        """
+        names = [name for name in (RUN_FILE, CONFIG, LEARNED, HISTORY) if (self.folder / name).is_file()]
+        beside = {name: file_facts(self.folder / name) for name in names}
+        files.put_receipt(self.folder / RECORDS, {"files": {}, "beside": beside})
         seal_folder(self.final, **self._bound(), **facts)
 
     def learned(self) -> Learned:
@@ -258,14 +274,15 @@ def finished_runs(runs: Path) -> list[Path]:
 def seal_folder(folder: Path, **facts: Any) -> dict[str, Any]:
     """Flush a whole folder and write its receipt: the size and hash of every file in it."""
     files.sync_tree(folder)
-    listed = {
-        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": files.sha256_of(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    listed = {str(path.relative_to(folder)): file_facts(path) for path in sorted(folder.rglob("*")) if path.is_file()}
     receipt = {**facts, "files": listed}
-    files.write_json(files.receipt_path(folder), receipt)
+    files.put_receipt(folder, receipt)
     return receipt
+
+
+def file_facts(path: Path) -> dict[str, Any]:
+    """Return the size and the hash of a file, as receipts list them."""
+    return {"size": path.stat().st_size, "sha256": files.sha256_of(path)}
 
 
 def verified_folder(folder: Path, *, expect: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
