@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -67,7 +68,11 @@ def get(data, **options):
 def tree(folder):
     """Return every file's hash but those of our own records."""
     paths = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock")
-    kept = (p for p in paths if p.name != "revision.json" and not p.name.endswith(files.RECEIPT_SUFFIX))
+    kept = (
+        p
+        for p in paths
+        if p.name not in ("revision.json", "manifest.json") and not p.name.endswith(files.RECEIPT_SUFFIX)
+    )
     return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in kept}
 
 
@@ -95,27 +100,31 @@ def test_chunks_arrive_whole_once_and_named_where_absent(hub, repository, tmp_pa
     assert tree(folder) == expected(repository, (0, 1, 2))
 
 
-def test_clips_select_their_whole_chunks(hub, tmp_path):
-    result = get(tmp_path, chunks=None, clips=(pai.clip_ids(2)[1], pai.clip_ids(0)[0]))
-    assert result["chunks"] == [0, 2]
+def test_a_clip_that_the_index_does_not_list_is_refused(hub, tmp_path):
     with pytest.raises(UsageError, match=r"no clip 'nobody' in the index of 6"):
         get(tmp_path, chunks=None, clips=("nobody",))
 
 
-KILLED = """
+FETCH = """
 import sys
 from pathlib import Path
 from omni_cli.report import Console
 from omni_cli.stages.fetch import FetchRequest, fetch
 from omni_cli.formats.physical_ai_av import CAMERAS
-fetch(FetchRequest("physical_ai_av", Path(sys.argv[1]), "3", cameras=CAMERAS[:3], workers=2), Console(quiet=True))
+request = FetchRequest("physical_ai_av", Path(sys.argv[1]), sys.argv[2], cameras=CAMERAS[:3], workers=2)
+fetch(request, Console(quiet=True))
 """
 
 
+def start(data, chunks):
+    return subprocess.Popen([sys.executable, "-c", FETCH, str(data), chunks])
+
+
+@pytest.mark.fault("F1")
 def test_killed_and_run_again_it_completes_and_fetches_nothing_twice(hub, repository, tmp_path):
     hub.bytes_per_second = 1_000_000
     folder = tmp_path / "raw" / "physical_ai_av"
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)])
+    process = start(tmp_path, "3")
     deadline = time.monotonic() + 60
     while len(list(folder.rglob("camera*.zip.receipt.json"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -128,9 +137,10 @@ def test_killed_and_run_again_it_completes_and_fetches_nothing_twice(hub, reposi
     assert get(tmp_path, chunks="3")["skipped"] >= len(done)
     assert [hub.sent(name) for name in done] == [0] * len(done)
     assert tree(folder) == expected(repository, (0, 1, 2))
-    assert not list(folder.rglob("*.incomplete"))
+    assert not (folder / ".fetch").exists()
 
 
+@pytest.mark.fault("F7", "F8")
 @pytest.mark.parametrize(
     "fault",
     [
@@ -152,6 +162,7 @@ def test_what_may_pass_is_tried_again(hub, repository, tmp_path, fault):
     assert tree(tmp_path / "raw" / "physical_ai_av") == expected(repository, (0,))
 
 
+@pytest.mark.fault("F7")
 def test_a_file_that_stays_wrong_is_named_and_the_others_are_kept(hub, repository, tmp_path):
     bad = FEATURES[BIG[1]].chunk_path(0)
     hub.faults.append(Fault(hub.stored[bad].sha256, "flip", after=5, times=3))
@@ -186,7 +197,7 @@ def test_a_damaged_file_comes_again_and_a_whole_one_is_adopted(hub, repository, 
 def test_access_errors_are_one_line_with_a_remedy_and_no_token(hub, tmp_path, monkeypatch):
     hub.token = "another"
     with pytest.raises(
-        OmniError, match=r"401 for .*the token was refused; accept the terms at .*hf auth login"
+        OmniError, match=r"401 for .*the token was refused, it is expired, revoked or mistyped; .*hf auth login"
     ) as error:
         get(tmp_path)
     assert TOKEN not in str(error.value)
@@ -205,6 +216,7 @@ def test_access_errors_are_one_line_with_a_remedy_and_no_token(hub, tmp_path, mo
     assert get(tmp_path)["fetched"] > 0
 
 
+@pytest.mark.fault("F9")
 def test_a_chunk_that_was_pruned_upstream_is_named_and_counted(hub, tmp_path):
     pruned = FEATURES[BIG[2]].chunk_path(1)
     hub.pruned.add(pruned)
@@ -235,6 +247,7 @@ def test_too_much_for_the_disk_or_for_the_user_is_refused_before_it_starts(hub, 
     assert hub.sent("zip") == 0
 
 
+@pytest.mark.fault("F9")
 def test_two_revisions_never_mix(hub, tmp_path):
     get(tmp_path, chunks="0-0")
     old, hub.commit = hub.commit, "b" * 40
@@ -251,11 +264,57 @@ def test_no_network_is_one_line(tmp_path, monkeypatch):
         get(tmp_path)
     assert "password" not in str(error.value)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(OmniError, match="HF_HUB_OFFLINE is set"):
+    with pytest.raises(OmniError, match=r"HF_HUB_OFFLINE is set and nvidia/.* is not here: unset it, or import it"):
         get(tmp_path)
     monkeypatch.setenv("HF_ENDPOINT", "huggingface.co")
     with pytest.raises(UsageError, match="HF_ENDPOINT is not an address"):
         get(tmp_path)
+
+
+@pytest.mark.fault("F31")
+@pytest.mark.parametrize("revision", [None, "the commit"])
+def test_what_is_there_is_used_without_a_request(hub, repository, tmp_path, monkeypatch, revision):
+    get(tmp_path)
+    hub.log.clear()
+    revision = revision and hub.commit
+    assert get(tmp_path, revision=revision)["fetched"] == 0
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert get(tmp_path, revision=revision)["fetched"] == 0
+    pai.zip_path(tmp_path / "raw" / "physical_ai_av", BIG[0], 0).unlink()
+    with pytest.raises(OmniError, match=r"HF_HUB_OFFLINE is set and camera/.*chunk_0000\.zip is not here"):
+        get(tmp_path, revision=revision)
+    with pytest.raises(OmniError, match="HF_HUB_OFFLINE is set"):
+        get(tmp_path, chunks="0-2", revision=revision)
+    assert not hub.log
+
+
+@pytest.mark.fault("F10")
+def test_fetches_of_several_processes_share_a_folder(hub, repository, tmp_path):
+    hub.bytes_per_second = 1_000_000
+    folder = tmp_path / "raw" / "physical_ai_av"
+    processes = [start(tmp_path, chunks) for chunks in ("0-1", "1-2")]
+    while not hub.sent("camera_"):
+        time.sleep(0.01)
+    with pytest.raises(OmniError, match="another omni is fetching into"), files.exclusive(folder, "fetching into"):
+        pass
+    assert [process.wait(60) for process in processes] == [0, 0]
+    assert tree(folder) == expected(repository, (0, 1, 2))
+    assert hub.sent(r"\.zip$") == sum(hub.stored[path].size for path in tree(folder) if path.endswith(".zip"))
+    assert files.read_json(folder / "manifest.json")["files"].keys() == tree(folder).keys()
+    assert not (folder / ".fetch").exists()
+
+
+@pytest.mark.fault("F12")
+def test_a_clock_that_jumps_changes_nothing(hub, repository, tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "time", itertools.cycle([1e9, 3e9, 0.0]).__next__)
+    hub.faults.append(Fault("storage GET", "reset", after=200_000))
+    get(tmp_path, chunks="0-0")
+    folder = tmp_path / "raw" / "physical_ai_av"
+    path = pai.zip_path(folder, BIG[0], 0)
+    os.utime(path, (4e9, 4e9))
+    sent = hub.sent("zip")
+    assert get(tmp_path, chunks="0-0")["fetched"] == 0
+    assert (hub.sent("zip"), tree(folder)) == (sent, expected(repository, (0,)))
 
 
 def test_requests_that_cannot_be_are_refused(tmp_path):

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from omni_cli.commands._options import DATA, Cameras, Data, DryRun, Json, Quiet
+from omni_cli.commands._options import DATA, RUNS, Cameras, Data, DryRun, Json, Quiet, Runs
 
 EXAMPLE = "omni fetch --source synthetic --chunks 2"
 
@@ -13,20 +13,26 @@ EXAMPLE = "omni fetch --source synthetic --chunks 2"
 def command(
     *,
     source: Annotated[
-        str, typer.Option(metavar="NAME", help="physical_ai_av, synthetic, openpilot or comma2k19.")
+        str, typer.Option(metavar="NAME", help="physical_ai_av, synthetic, openpilot, comma2k19 or dgp.")
     ] = "physical_ai_av",
     chunks: Annotated[
         str | None, typer.Option(metavar="N|A-B|A,B", help="The first N chunks, a range, or a list.")
     ] = None,
     clips: Annotated[
-        str | None, typer.Option(metavar="ID,...", help="Clips by id; their whole chunks are fetched.")
+        str | None, typer.Option(metavar="ID,...", help="Clips by id: their parts of the chunks alone.")
     ] = None,
     cameras: Cameras = None,
+    features: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...", help="More than omni reads: egomotion.offline, lidar, radar, labels, reasoning, ..."
+        ),
+    ] = None,
     origin: Annotated[
         Path | None, typer.Option("--from", metavar="DIR", help="Import from this folder; no network.")
     ] = None,
     data: Data = DATA,
-    max_gb: Annotated[float, typer.Option(help="Refuse a download that is larger than this.")] = 150.0,
+    max_gb: Annotated[float, typer.Option(min=0, help="Refuse a download that is larger than this.")] = 150.0,
     workers: Annotated[int, typer.Option(min=1, help="Files transferred or clips drawn at a time.")] = 12,
     revision: Annotated[str | None, typer.Option(metavar="REV", help="Revision of the data set on the hub.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the synthetic world.")] = 0,
@@ -37,6 +43,10 @@ def command(
     rig: Annotated[str, typer.Option(metavar="a|b|mixed", help="Camera rig of the synthetic cars.")] = "mixed",
     clutter: Annotated[float, typer.Option(help="Synthetic towns: 0 is an empty road, 1 a town.")] = 1.0,
     roads: Annotated[str, typer.Option(metavar="gentle|winding", help="How the synthetic roads turn.")] = "gentle",
+    purge: Annotated[
+        bool, typer.Option("--purge", help="Delete every copy of a source whose licence ends, and certify it.")
+    ] = False,
+    runs: Runs = RUNS,
     dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -44,16 +54,21 @@ def command(
     """Bring driving data here, verified and resumable.
 
     From the hub, from a folder (--from), or drawn by the synthetic world. Run again, it fetches what is missing.
+    What came, with hash and date, stands in manifest.json; where every copy lies, in DATA/ledger.json.
     """
     from omni_cli.config import comma_list
     from omni_cli.report import Console
-    from omni_cli.stages.fetch import FetchRequest, SyntheticSpec, camera_names, fetch, parse_size
+    from omni_cli.stages import fetch as stage
 
     console = Console(quiet=quiet, json_output=json)
-    names = camera_names(cameras, source) if cameras else ()
-    world = SyntheticSpec(seed, clips_per_chunk, seconds, fps, *parse_size(size), rig=rig, clutter=clutter, roads=roads)
-    request = FetchRequest(
-        source=source, data=data, chunks=chunks, clips=comma_list(clips or ""), cameras=names, origin=origin,
+    if purge:
+        is_choosy = any((chunks, clips, cameras, features, origin))
+        return console.finish(stage.purge(stage.PurgeRequest(data, source, runs, dry_run, is_choosy), console))
+    names = stage.camera_names(cameras, source) if cameras else ()
+    pixels = stage.parse_size(size)
+    world = stage.SyntheticSpec(seed, clips_per_chunk, seconds, fps, *pixels, rig=rig, clutter=clutter, roads=roads)
+    request = stage.FetchRequest(
+        source, data, chunks, comma_list(clips or ""), names, stage.feature_names(features or ""), origin,
         max_gb=max_gb, workers=workers, revision=revision, dry_run=dry_run, synthetic=world,
     )  # fmt: skip
-    console.finish(fetch(request, console))
+    return console.finish(stage.fetch(request, console))

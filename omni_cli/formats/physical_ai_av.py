@@ -69,14 +69,18 @@ _RADARS = (
     *("radar_rear_left_mrr_2", "radar_rear_left_srr_0", "radar_rear_right_mrr_2", "radar_rear_right_srr_0"),
     *(f"radar_side_{side}_srr_{kind}" for side in ("left", "right") for kind in (0, 3)),
 )
+REASONING = "reasoning"  # one table of the whole dataset, not a feature of its chunks
+FEATURE_SETS = {"labels": _LABELS, "calibration": _CALIBRATIONS, "lidar": _LIDARS, "radar": _RADARS}
 
 FEATURES_FILE = "features.csv"
 CLIP_INDEX_FILE = "clip_index.parquet"
 PRESENCE_FILE = "metadata/feature_presence.parquet"
 LEGACY_PRESENCE_FILE = "metadata/sensor_presence.parquet"
 COLLECTION_FILE = "metadata/data_collection.parquet"
-REVISION_FILE = "revision.json"  # ours, not the hub's: repository, revision and licence of what a folder holds
+SPLIT_FILE = "splits/default.parquet"  # where it exists it overrides the clip index
 REASONING_FILE = "reasoning/ood_reasoning.parquet"
+REVISION_FILE = "revision.json"  # ours, not the hub's: repository, revision and licence of what a folder holds
+MANIFEST_FILE = "manifest.json"  # ours: every file that came, with hash and date, and what is absent upstream
 
 EGOMOTION_COLUMNS = (
     "timestamp",

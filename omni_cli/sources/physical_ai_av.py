@@ -1,7 +1,8 @@
 """PhysicalAI-Autonomous-Vehicles, and the synthetic world, which is written in the same layout.
 
 The folder given may be the repository's layout itself, a hub cache, the repository's folder in one, or a snapshot; it
-may hold any part of the dataset. Only recordings of which a camera's chunk file is on disk are listed.
+may hold any part of the dataset. Only recordings of which a camera is on disk are listed: of a chunk's zip that was
+fetched by clips, those that its receipt names.
 """
 
 import re
@@ -17,16 +18,17 @@ from scipy.spatial.transform import Rotation
 from omni_cli import files
 from omni_cli.errors import DataError
 from omni_cli.formats import physical_ai_av as layout
+from omni_cli.formats.fetched import absent_upstream, clips_on_disk, upstream_sha256
 from omni_cli.scene.cameras import Calibration
 from omni_cli.scene.poses import EgoMotion, Pose
-from omni_cli.scene.recording import CameraStream, Recording
+from omni_cli.scene.recording import CameraStream, Caption, Recording
 from omni_cli.sources import RecordingRef
 from omni_cli.sources.parquet_tables import numbers, read_table, timestamps
+from omni_cli.sources.reasoning_table import parse_events, read_events
 from omni_cli.sources.zip_members import ZipDirectory, read_directory
 
 SOURCE = "physical_ai_av"
 _REVISION = re.compile(r"[0-9a-f]{40}")
-_SPLIT_FILE = "splits/default.parquet"  # where it exists it overrides the clip index
 _EGO_MARGIN_US = 7_000_000  # the log may run for minutes; the longest published horizon is 6.4 s
 _MAX_NORM_ERROR = 1e-3
 _Rows = Mapping[tuple[str, str], Mapping[str, float]]  # (clip id, sensor) -> row
@@ -73,14 +75,14 @@ class PhysicalAiAv:
             DataError: the folder is not this layout, its index is damaged, or no camera's chunk file is there.
         """
         listed = {entry.chunk for entry in self._index.values()}
-        on_disk = {chunk for chunk in listed if any(self._chunk_file(name, chunk).is_file() for name in layout.CAMERAS)}
-        if not on_disk:
+        on_disk = {chunk: clips_on_disk(self.root, layout.CAMERAS, chunk) for chunk in listed}
+        if not any(parts != frozenset() for parts in on_disk.values()):
             raise DataError(f"{self.root}: no camera's chunk files among {len(listed)} chunks of the clip index; "
                             "run omni fetch")  # fmt: skip
         refs = [
             RecordingRef(id=clip_id, group=clip_id, bundle=f"chunk_{entry.chunk:04d}", declared_split=entry.split)
             for clip_id, entry in self._index.items()
-            if entry.chunk in on_disk
+            if (part := on_disk[entry.chunk]) is None or clip_id in part
         ]
         return tuple(sorted(refs, key=lambda ref: (ref.bundle, ref.id)))
 
@@ -106,6 +108,7 @@ class PhysicalAiAv:
             source=SOURCE,
             cameras=streams,
             ego=self._ego(recording_id, chunk).between(first - _EGO_MARGIN_US, last + _EGO_MARGIN_US),
+            captions=self._captions(recording_id),
             group=recording_id,  # the dataset does not say which clips are of one drive
             provenance=self._provenance(chunk, names),
         )
@@ -122,7 +125,7 @@ class PhysicalAiAv:
         table = read_table(path, str(path), ("clip_id", "clip_is_valid", "chunk", "split")).to_pydict()
         rows = zip(*(table[name] for name in ("clip_id", "clip_is_valid", "chunk", "split")), strict=True)
         entries = {str(clip): _Entry(int(chunk), str(split)) for clip, valid, chunk, split in rows if valid}
-        splits = self.root / _SPLIT_FILE
+        splits = self.root / layout.SPLIT_FILE
         if splits.is_file():
             labels = read_table(splits, str(splits), ("clip_id", "split")).to_pydict()
             override = dict(zip(labels["clip_id"], labels["split"], strict=True))
@@ -135,8 +138,15 @@ class PhysicalAiAv:
     def _directory(self, feature: str, chunk: int) -> ZipDirectory:
         path = self._chunk_file(feature, chunk)
         if path not in self._directories:
+            if not path.is_file() and layout.FEATURES[feature].chunk_path(chunk) in self._absent:
+                raise DataError(f"{path}: absent upstream too; choose other cameras, or leave chunk {chunk} out")
             self._directories[path] = read_directory(path)
         return self._directories[path]
+
+    @cached_property
+    def _absent(self) -> frozenset[str]:
+        """Return the paths that `omni fetch` found to be missing on the hub."""
+        return absent_upstream(self.root)
 
     def _cameras_of(self, clip_id: str, chunk: int) -> tuple[str, ...]:
         there = [name for name in layout.CAMERAS if self._chunk_file(name, chunk).is_file()]
@@ -158,6 +168,17 @@ class PhysicalAiAv:
         directory = self._directory("egomotion", chunk)
         member = layout.FEATURES["egomotion"].member(clip_id, "egomotion")
         return read_egomotion(directory.read(member), f"{directory.path}: {member}")
+
+    @cached_property
+    def _events(self) -> dict[str, str]:
+        path = self.root / layout.REASONING_FILE
+        return read_events(path) if path.is_file() else {}
+
+    def _captions(self, clip_id: str) -> tuple[Caption, ...]:
+        """Return the texts about a clip; most have none."""
+        if clip_id not in self._events:
+            return ()
+        return parse_events(self._events[clip_id], f"{self.root / layout.REASONING_FILE}: clip {clip_id}")
 
     def _calibration(self, clip_id: str, chunk: int, camera: str) -> Calibration | None:
         """Return the calibration, or None where its tables were not fetched."""
@@ -187,8 +208,8 @@ class PhysicalAiAv:
         facts = {"revision": self.revision, "licence": self._pinned.get("licence", layout.LICENCE)}
         for feature in ("egomotion", *cameras):
             receipt = files.read_receipt(self._chunk_file(feature, chunk))
-            if receipt is not None:
-                facts[f"sha256 of {layout.FEATURES[feature].chunk_path(chunk)}"] = str(receipt.get("sha256"))
+            if receipt is not None:  # of the hub's file: clips have the same origin, fetched alone or with their chunk
+                facts[f"sha256 of {layout.FEATURES[feature].chunk_path(chunk)}"] = upstream_sha256(receipt)
         return facts
 
 

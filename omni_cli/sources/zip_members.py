@@ -2,7 +2,7 @@
 
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -29,7 +29,7 @@ class ZipDirectory:
             DataError: there is no such member, or the file ends before its end.
         """
         if name not in self.headers:
-            raise DataError(f"{self.path}: has no member {name}; fetch this chunk again, or quarantine the clip")
+            raise DataError(f"{self.path}: has no member {name}; fetch this clip or its chunk, or quarantine the clip")
         offset, size = self.headers[name]
         with self.path.open("rb") as stream:
             stream.seek(offset)
@@ -65,17 +65,27 @@ def read_directory(path: Path) -> ZipDirectory:
         raise DataError(f"{path}: no such chunk file; fetch it with omni fetch") from None
     except (zipfile.BadZipFile, OSError) as error:
         raise DataError(f"{path}: not a whole zip file ({error}); fetch this chunk again") from None
+    check_entries(entries, str(path))
+    return ZipDirectory(path, {entry.filename: (entry.header_offset, entry.file_size) for entry in entries})
+
+
+def check_entries(entries: Sequence[zipfile.ZipInfo], name: str) -> None:
+    """Refuse a directory that no chunk has.
+
+    Raises:
+        DataError: it lists too many members, or one that is compressed, too large, named twice, or named so that it
+            could leave its folder.
+    """
     if len(entries) > MAX_MEMBERS:
-        raise DataError(f"{path}: {len(entries)} members, a chunk has at most {MAX_MEMBERS}; not a chunk of this set")
-    headers: dict[str, tuple[int, int]] = {}
+        raise DataError(f"{name}: {len(entries)} members, a chunk has at most {MAX_MEMBERS}; not a chunk of this set")
+    known: set[str] = set()
     for entry in entries:
-        if problem := _problem(entry, headers):
-            raise DataError(f"{path}: member {entry.filename!r} {problem}; do not use this file, fetch the chunk again")
-        headers[entry.filename] = (entry.header_offset, entry.file_size)
-    return ZipDirectory(path, headers)
+        if problem := _problem(entry, known):
+            raise DataError(f"{name}: member {entry.filename!r} {problem}; do not use this file, fetch the chunk again")
+        known.add(entry.filename)
 
 
-def _problem(entry: zipfile.ZipInfo, known: Mapping[str, tuple[int, int]]) -> str:
+def _problem(entry: zipfile.ZipInfo, known: Set[str]) -> str:
     """Return what is wrong with a directory entry, or nothing."""
     name = entry.orig_filename
     parts = PurePosixPath(name).parts

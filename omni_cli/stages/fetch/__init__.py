@@ -6,17 +6,28 @@ from omni_cli.config import nearest
 from omni_cli.errors import UsageError
 from omni_cli.report import Console
 from omni_cli.stages.fetch.comma2k19 import import_comma2k19
+from omni_cli.stages.fetch.dgp import import_dgp
 from omni_cli.stages.fetch.hub import fetch_hub
 from omni_cli.stages.fetch.imports import import_physical_ai_av
 from omni_cli.stages.fetch.openpilot import import_openpilot
+from omni_cli.stages.fetch.purge import PurgeRequest, purge
 from omni_cli.stages.fetch.request import FetchRequest
-from omni_cli.stages.fetch.selection import camera_names, parse_size
+from omni_cli.stages.fetch.selection import camera_names, feature_names, parse_size
 from omni_cli.stages.fetch.synthetic import fetch_synthetic
 from omni_cli.world.clip import SyntheticSpec
 
-__all__ = ["FetchRequest", "SyntheticSpec", "camera_names", "fetch", "parse_size"]
+__all__ = [
+    "FetchRequest",
+    "PurgeRequest",
+    "SyntheticSpec",
+    "camera_names",
+    "feature_names",
+    "fetch",
+    "parse_size",
+    "purge",
+]
 
-SOURCES = ("physical_ai_av", "synthetic", "openpilot", "comma2k19")
+SOURCES = ("physical_ai_av", "synthetic", "openpilot", "comma2k19", "dgp")
 
 
 def fetch(request: FetchRequest, console: Console) -> dict[str, Any]:
@@ -32,6 +43,8 @@ def fetch(request: FetchRequest, console: Console) -> dict[str, Any]:
     """
     if request.workers < 1:
         raise UsageError(f"--workers {request.workers}: expected 1 or more")
+    if request.features and request.source != "physical_ai_av":
+        raise UsageError(f"--features: {request.source} has none to choose from; leave it out")
     match request.source:
         case "physical_ai_av" if request.origin is not None:
             return import_physical_ai_av(request, request.origin, console)
@@ -43,6 +56,10 @@ def fetch(request: FetchRequest, console: Console) -> dict[str, Any]:
             return import_openpilot(request, request.origin, console)
         case "comma2k19" if request.origin is not None:
             return import_comma2k19(request, request.origin, console)
+        case "dgp" if request.origin is not None:
+            return import_dgp(request, request.origin, console)
+        case "dgp":
+            raise UsageError("DGP scenes, such as DDAD's, are imported: omni fetch --source dgp --from SCENES")
         case "comma2k19":
             raise UsageError("comma2k19 is a torrent, then imported: omni fetch --source comma2k19 --from CHUNKS")
         case "openpilot":

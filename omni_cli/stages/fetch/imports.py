@@ -1,5 +1,6 @@
 """Import of data that are already on a disk: verified copies, never links, nothing from outside the folder named."""
 
+import datetime
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,12 +9,14 @@ from typing import Any
 from omni_cli import files
 from omni_cli.downloads import Meter
 from omni_cli.errors import DataError, UsageError
-from omni_cli.formats.physical_ai_av import CAMERAS, CLIP_INDEX_FILE, REPOSITORY
+from omni_cli.formats.physical_ai_av import CAMERAS, CLIP_INDEX_FILE, LICENCE, REPOSITORY, REVISION_FILE
 from omni_cli.report import Console
 from omni_cli.stages.fetch import landing
+from omni_cli.stages.fetch.record import Record, write_record
 from omni_cli.stages.fetch.request import FetchRequest
 from omni_cli.stages.fetch.selection import chunk_paths, require_choice, select_chunks
 from omni_cli.stages.fetch.tables import INDICES, chunk_of_clip
+from omni_cli.stages.ledger import RAW, register_copy
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _CACHE_NAME = "datasets--" + REPOSITORY.replace("/", "--")
@@ -32,7 +35,7 @@ def import_physical_ai_av(request: FetchRequest, origin: Path, console: Console)
     revision = _revision_of(layout)
     landing.check_revision(request.folder, revision)
     chunks = select_chunks(request.chunks, request.clips, chunk_of_clip(layout / CLIP_INDEX_FILE))
-    wanted = chunk_paths(chunks, request.cameras or CAMERAS)
+    wanted = chunk_paths(chunks, request.cameras or CAMERAS, request.features)
     absent = [path for path in wanted if not (layout / path).is_file()]
     if len(absent) == len(wanted):
         raise DataError(f"{layout}: none of the {len(wanted)} files of these chunks is here, for example {wanted[0]}")
@@ -42,8 +45,14 @@ def import_physical_ai_av(request: FetchRequest, origin: Path, console: Console)
         console.warn(f"{len(absent)} files are not in {layout}: {landing.names_text(absent)}")
     with request.held():
         if not request.dry_run:
-            landing.pin_revision(request.folder, REPOSITORY, revision)
+            since = _first_fetched(layout)
+            register_copy(request.data, request.source, request.folder, RAW, repository=REPOSITORY, licence=LICENCE,
+                          revision=revision, since=since)  # fmt: skip
+            landing.pin_revision(request.folder, REPOSITORY, revision, since)
         result = copy_all(request, pairs, console)
+        if not request.dry_run:
+            manifest = write_record(request.folder, REPOSITORY, revision, present, Record())
+            result |= {"manifest": str(manifest)}
     return {**result, "revision": revision, "chunks": list(chunks), "absent": absent}
 
 
@@ -133,6 +142,18 @@ def _inside(layout: Path, path: str) -> Path:
     if not (true.is_relative_to(resolved) or true.is_relative_to(cache)):
         raise DataError(f"{layout / path}: a link that leads out of the folder; put the file itself there")
     return true
+
+
+def _first_fetched(layout: Path) -> str:
+    """Return the day on which a licence began to run: what an earlier fetch noted, or else when the index was written.
+
+    A copy may bear the day of the copying: then the true day is earlier, and only the user knows it.
+    """
+    path = layout / REVISION_FILE
+    noted = files.read_json(path).get("first_fetched") if path.is_file() else None
+    written_s = (layout / CLIP_INDEX_FILE).stat().st_mtime
+    written = datetime.datetime.fromtimestamp(written_s, datetime.UTC).date().isoformat()
+    return str(noted) if noted else min(written, landing.today())
 
 
 def _revision_of(layout: Path) -> str:

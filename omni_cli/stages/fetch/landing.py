@@ -80,10 +80,16 @@ def copy(source: Path, path: Path, meter: Meter) -> None:
             digest.update(block)
             target.write(block)
             meter.add(len(block))
-    facts = {"source_sha256": digest.hexdigest(), "source_mtime_ns": source_mtime_ns}
+    facts = {**_part_facts(source), "source_sha256": digest.hexdigest(), "source_mtime_ns": source_mtime_ns}
     if vouch(path, **facts)["sha256"] != digest.hexdigest():
         path.unlink()
         raise OmniError(f"{path}: the copy differs from {source}; check the disk and run the same command again")
+
+
+def _part_facts(source: Path) -> dict[str, Any]:
+    """Return what the receipt of a chunk's part says of it: its copy is a part of the same."""
+    receipt = files.read_receipt(source) or {}
+    return {key: receipt[key] for key in ("partial", "clips", "whole", "git_sha1") if receipt.get("partial")}
 
 
 def check_disk(folder: Path, needed_bytes: int) -> None:
@@ -101,6 +107,11 @@ def check_disk(folder: Path, needed_bytes: int) -> None:
             f"{folder}: {needed_bytes / _GIGABYTE:.1f} GB are needed and {free_bytes / _GIGABYTE:.1f} GB are free; "
             "free space, ask for fewer chunks or cameras, or put --data on another disk"
         )
+
+
+def today() -> str:
+    """Return the date in UTC, in ISO 8601."""
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
 def size_text(size_bytes: int) -> str:
@@ -128,16 +139,21 @@ def check_revision(folder: Path, revision: str) -> None:
         )
 
 
-def pin_revision(folder: Path, repository: str, revision: str) -> None:
+def pin_revision(folder: Path, repository: str, revision: str, since: str | None = None) -> None:
     """Record which revision a folder holds, under which licence, and since when: the licence ends a year later.
 
     Called with the folder's lock held: another process may have pinned it since it was looked at.
+
+    Args:
+        folder: the source folder.
+        repository: where its files come from.
+        revision: the one that they belong to.
+        since: the day on which they were first fetched, in ISO 8601; None: today.
 
     Raises:
         UsageError: the folder holds another revision.
     """
     check_revision(folder, revision)
     if pinned_revision(folder) is None:
-        today = datetime.datetime.now(datetime.UTC).date().isoformat()
-        facts = {"repository": repository, "revision": revision, "licence": LICENCE, "first_fetched": today}
+        facts = {"repository": repository, "revision": revision, "licence": LICENCE, "first_fetched": since or today()}
         files.write_json(folder / REVISION_FILE, facts)

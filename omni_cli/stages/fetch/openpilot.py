@@ -25,7 +25,13 @@ def import_openpilot(request: FetchRequest, origin: Path, console: Console) -> d
 
 
 def import_segments(
-    request: FetchRequest, origin: Path, console: Console, *, place_of: Callable[[Path], Path | None], expected: str
+    request: FetchRequest,
+    origin: Path,
+    console: Console,
+    *,
+    place_of: Callable[[Path], Path | None],
+    expected: str,
+    depth: int = 2,
 ) -> dict[str, Any]:
     """Copy the files of every segment under a folder, verified.
 
@@ -33,8 +39,9 @@ def import_segments(
         request: where to, and whether it is a dry run.
         origin: the folder.
         console: shows the progress.
-        place_of: a file's place under the source's folder, its segment in the first two parts; None for any other.
+        place_of: a file's place under the source's folder, its segment in the first parts; None for any other.
         expected: what a folder with segments looks like, for the error.
+        depth: how many parts of a place name its segment.
 
     Raises:
         UsageError: a part of it is asked for.
@@ -51,7 +58,7 @@ def import_segments(
         console.warn(f"{len(links)} links that lead out of {origin} or to folders are not followed: {links[0]}")
     if not pairs:
         raise DataError(f"{origin}: found {describe(origin)}; expected {expected}")
-    segments = sorted({"/".join(path.relative_to(request.folder).parts[:2]) for path in pairs})
+    segments = sorted({"/".join(path.relative_to(request.folder).parts[:depth]) for path in pairs})
     console.say(f"{len(segments)} segments, {len(pairs)} files in {origin}")
     with request.held():
         result = copy_all(request, pairs, console)

@@ -13,7 +13,8 @@ class FetchRequest:
     """One call of `omni fetch`.
 
     `chunks` is `"5"` (the first five), `"0-4"` (inclusive) or `"3,7"`; `cameras` are full names, none means all seven;
-    `origin` is a folder to import from instead of the network; `retry_wait_s` is the first pause between attempts.
+    `features` come beside what omni reads itself; `origin` is a folder to import from instead of the network;
+    `retry_wait_s` is the first pause between attempts.
     """
 
     source: str
@@ -21,6 +22,7 @@ class FetchRequest:
     chunks: str | None = None
     clips: tuple[str, ...] = ()
     cameras: tuple[str, ...] = ()
+    features: tuple[str, ...] = ()
     origin: Path | None = None
     max_gb: float = 150.0
     workers: int = 12
@@ -34,10 +36,12 @@ class FetchRequest:
         """Return where this source's raw data lie."""
         return self.data / "raw" / self.source
 
-    def held(self) -> AbstractContextManager[None]:
+    def held(self, *, shared: bool = False) -> AbstractContextManager[None]:
         """Return the lock of that folder: what it holds is read and changed inside; a dry run only reads.
+
+        Fetches from the hub hold it `shared`: several work side by side, file by file.
 
         Raises:
             OmniError: on entering, where another process holds it.
         """
-        return nullcontext() if self.dry_run else files.exclusive(self.folder, "fetching into")
+        return nullcontext() if self.dry_run else files.exclusive(self.folder, "fetching into", shared=shared)

@@ -3,12 +3,19 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from omni_cli.config import nearest
+from omni_cli.config import comma_list, nearest
 from omni_cli.errors import DataError, UsageError
-from omni_cli.formats.physical_ai_av import CAMERA_SETS, CAMERAS, FEATURES, expand_cameras
+from omni_cli.formats.physical_ai_av import (
+    CAMERA_SETS,
+    CAMERAS,
+    FEATURE_SETS,
+    FEATURES,
+    REASONING,
+    expand_cameras,
+)
 
 CHUNK_TABLES = ("egomotion", "camera_intrinsics", "sensor_extrinsics", "vehicle_dimensions")
-IMPORTED_WHOLE = ("openpilot", "comma2k19")
+IMPORTED_WHOLE = ("openpilot", "comma2k19", "dgp")
 _EXAMPLES = "for example --chunks 5 (the first five), --chunks 0-4 (a range) or --chunks 3,7"
 
 
@@ -25,6 +32,19 @@ def camera_names(text: str, source: str = "physical_ai_av") -> tuple[str, ...]:
         raise UsageError(f"unknown camera {unknown[0]!r}; {nearest(unknown[0], (*CAMERA_SETS, *CAMERAS))}")
     if not names:
         raise UsageError("no camera named; give 1-cam, 4-cam, 7-cam or a comma list of camera names")
+    return names
+
+
+def feature_names(text: str) -> tuple[str, ...]:
+    """Return the features in a comma list of names and sets (`radar`, `lidar`, ...), or `reasoning`; each once.
+
+    Raises:
+        UsageError: a name is unknown; the message gives the nearest right spelling.
+    """
+    names = tuple(dict.fromkeys(name for word in comma_list(text) for name in FEATURE_SETS.get(word, (word,))))
+    known = (REASONING, *FEATURE_SETS, *FEATURES)
+    if unknown := [name for name in names if name not in FEATURES and name != REASONING]:
+        raise UsageError(f"--features: unknown feature {unknown[0]!r}; {nearest(unknown[0], known)}")
     return names
 
 
@@ -63,7 +83,7 @@ def parse_chunks(text: str, known: Sequence[int]) -> tuple[int, ...]:
 
 
 def chunks_of_clips(clips: Sequence[str], chunk_of_clip: Mapping[str, int]) -> tuple[int, ...]:
-    """Return the chunks that hold the named clips: the hub stores whole chunks.
+    """Return the chunks that hold the named clips.
 
     Raises:
         UsageError: a clip is not in the index.
@@ -101,9 +121,24 @@ def select_chunks(chunks: str | None, clips: Sequence[str], chunk_of_clip: Mappi
     return parse_chunks(str(chunks), sorted(set(chunk_of_clip.values())))
 
 
-def chunk_paths(chunks: Iterable[int], cameras: Sequence[str]) -> tuple[str, ...]:
-    """Return the repository paths of what omni reads of these chunks: tables, egomotion and the cameras' zips."""
-    return tuple(FEATURES[name].chunk_path(chunk) for chunk in chunks for name in (*CHUNK_TABLES, *cameras))
+def chunk_paths(chunks: Iterable[int], cameras: Sequence[str], features: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return the repository paths of chunks: what omni reads (tables, egomotion, cameras), and more features."""
+    return tuple(FEATURES[name].chunk_path(chunk) for chunk in chunks for name in _names(cameras, features))
+
+
+def clips_by_path(
+    clips: Sequence[str], chunk_of_clip: Mapping[str, int], cameras: Sequence[str], features: Sequence[str]
+) -> dict[str, tuple[str, ...]]:
+    """Return, for each zip that holds a part of the named clips, those of them that are in its chunk."""
+    of_chunk: dict[int, list[str]] = {}
+    for clip in sorted(set(clips)):
+        of_chunk.setdefault(chunk_of_clip[clip], []).append(clip)
+    zips = [name for name in _names(cameras, features) if FEATURES[name].suffix == "zip"]
+    return {FEATURES[name].chunk_path(chunk): tuple(found) for chunk, found in of_chunk.items() for name in zips}
+
+
+def _names(cameras: Sequence[str], features: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name for name in dict.fromkeys((*CHUNK_TABLES, *cameras, *features)) if name != REASONING)
 
 
 def _first(count: int, known: Sequence[int]) -> tuple[int, ...]:

@@ -15,12 +15,12 @@ from omni_cli.report import Console
 from omni_cli.stages.fetch import landing
 from omni_cli.stages.fetch.request import FetchRequest
 from omni_cli.stages.fetch.selection import parse_chunks
+from omni_cli.stages.fetch.tables import MOST_CHUNKS
 from omni_cli.stages.pool import run_pool
 from omni_cli.world.clip import SyntheticSpec
 from omni_cli.world.dataset import ClipFiles, render_clip, write_chunk, write_indices
 
 SPEC_FILE = "synthetic.json"
-MOST_CHUNKS = 10_000  # a chunk's number has four digits
 _SECONDS_A_CLIP = 3600.0
 
 

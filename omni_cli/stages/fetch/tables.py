@@ -12,21 +12,28 @@ from omni_cli.formats.physical_ai_av import (
     FEATURES_FILE,
     LEGACY_PRESENCE_FILE,
     PRESENCE_FILE,
+    REASONING_FILE,
+    SPLIT_FILE,
 )
 
 REQUIRED_INDICES = (FEATURES_FILE, CLIP_INDEX_FILE)
-INDICES = (*REQUIRED_INDICES, PRESENCE_FILE, LEGACY_PRESENCE_FILE, COLLECTION_FILE)
+INDICES = (*REQUIRED_INDICES, PRESENCE_FILE, LEGACY_PRESENCE_FILE, COLLECTION_FILE, SPLIT_FILE, REASONING_FILE)
+MOST_CHUNKS = 10_000  # a chunk's number has four digits
 
 
 def chunk_of_clip(path: Path) -> dict[str, int]:
-    """Read the clip index.
+    """Read the clip index: clip id -> chunk.
 
     Raises:
-        DataError: the table is unreadable or lacks its columns.
+        DataError: the table is unreadable, lacks its columns, or holds what is no clip id or no chunk number.
     """
     try:
         table = parquet.read_table(path, columns=["clip_id", "chunk"])
-        return dict(zip(table["clip_id"].to_pylist(), table["chunk"].to_pylist(), strict=True))
+        index = dict(zip(table["clip_id"].to_pylist(), table["chunk"].to_pylist(), strict=True))
     except (pyarrow.ArrowException, OSError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{path}: not a clip index with clip_id and chunk columns ({reason}); fetch it again") from None
+    for clip, chunk in index.items():
+        if not isinstance(clip, str) or type(chunk) is not int or not 0 <= chunk < MOST_CHUNKS:
+            raise DataError(f"{path}: clip {clip!r} in chunk {chunk!r}; a chunk's number is 0 to {MOST_CHUNKS - 1}")
+    return index
