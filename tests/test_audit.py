@@ -24,7 +24,7 @@ from omni_cli.samples.shards import (
     write_manifest,
     write_recording,
 )
-from omni_cli.samples.tables import ShardTables
+from omni_cli.samples.tables import Frames, ShardTables
 from omni_cli.scene.poses import EgoMotion
 from omni_cli.sources.quarantine import read_quarantine, write_quarantine
 from omni_cli.stages.audit import AuditRequest, audit
@@ -144,6 +144,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.fault("F15", "F16", "F17", "F18", "F19")
 @pytest.mark.parametrize("damage", REFUSED)
 def test_damage_to_one_clip_refuses_that_clip_alone(data, damage):
     injure, expected = REFUSED[damage]
@@ -154,6 +155,7 @@ def test_damage_to_one_clip_refuses_that_clip_alone(data, damage):
     assert not of_recording(result, "refuse", OTHER)
 
 
+@pytest.mark.fault("F13")
 def test_a_damaged_zip_refuses_every_clip_in_it(data):
     path = pai.zip_path(repo(data), pai.REAR)
     path.write_bytes(path.read_bytes()[:-200])
@@ -172,6 +174,7 @@ def test_a_flipped_bit_in_a_member_is_found_by_its_crc(data):
     assert ("damaged-member", "") in of_recording(run(data), "refuse")
 
 
+@pytest.mark.fault("F13", "F14")
 @pytest.mark.parametrize("name", ["../evil.mp4", "/etc/evil", "a\\..\\evil", "C:evil"])
 def test_a_member_that_leaves_its_folder_is_named_and_not_followed(data, name):
     pai.edit_zip(pai.zip_path(repo(data), pai.FRONT), {}, ((name, b"x"),))
@@ -302,7 +305,7 @@ def test_a_folder_receipt_covers_each_file_it_lists(tmp_path):
     final.mkdir(parents=True)
     (final / "model.safetensors").write_bytes(b"w" * 64)
     facts = {"size": 64, "sha256": files.sha256_of(final / "model.safetensors")}
-    files.write_json(files.receipt_path(final), {"files": {"model.safetensors": facts}})
+    files.put_receipt(final, {"files": {"model.safetensors": facts}})
     assert run(tmp_path / "run", deep=True)["findings"] == []
     (final / "model.safetensors").write_bytes(b"w" * 63 + b"v")
     for folder in (tmp_path / "run", final):
@@ -326,7 +329,7 @@ def test_openpilot_segments_are_audited_from_their_data_folder(tmp_path):
     folder = tmp_path / "raw" / "openpilot" / routes.DONGLE
     for number in (0, 2):  # 1 lacks, so that these are two recordings
         routes.write_segment(folder / f"{routes.LOG_ID}--{number}", segment=number)
-    assert run(tmp_path, deep=True)["findings"] == []
+    assert [found["code"] for found in run(tmp_path, deep=True)["findings"]] == ["duplicate"]  # of one picture
     (folder / f"{routes.LOG_ID}--2" / "qcamera.ts").write_bytes(routes.qcamera(routes.frame_times_us(30)))
     result = run(tmp_path, cameras=(pai.FRONT,))  # of another source: this one's own are audited
     assert (result["audited"], result["refused"]) == (2, 1)
@@ -352,7 +355,7 @@ def test_a_bad_segment_is_set_aside_without_its_neighbours(tmp_path, damage):
     again = run(tmp_path, deep=True)
     assert (again["audited"], again["refused"], again["quarantined"]) == (3, 0, 1)
     video.write_bytes(whole)
-    assert of_recording(run(tmp_path, deep=True), "warn", bad) == {("mended", "")}
+    assert ("mended", "") in of_recording(run(tmp_path, deep=True), "warn", bad)
 
 
 def with_a_bad_picture(video: bytes) -> bytes:
@@ -379,21 +382,21 @@ def _route(number: int) -> str:
 
 
 def test_workers_find_what_one_process_finds(tmp_path, monkeypatch):
-    monkeypatch.setattr(f"{audit.__module__}._RECORDINGS_A_WORKER", 1)
+    monkeypatch.setattr("omni_cli.stages.audit.recordings._RECORDINGS_A_WORKER", 1)
     for number in range(2):
         routes.write_segment(tmp_path / f"{routes.DONGLE}|{_route(number)}--0", count=20 + 20 * number)
         routes.write_segment(tmp_path / f"{routes.DONGLE}|{_route(number)}--2", segment=2)
     (tmp_path / f"{routes.DONGLE}|{_route(1)}--0" / "qcamera.ts").write_bytes(b"")
     parallel = run(tmp_path)
-    monkeypatch.setattr(f"{audit.__module__}._RECORDINGS_A_WORKER", 100)
+    monkeypatch.setattr("omni_cli.stages.audit.recordings._RECORDINGS_A_WORKER", 100)
     assert parallel == run(tmp_path)
     assert (parallel["audited"], parallel["refused"]) == (4, 1)
 
 
 def test_a_recording_that_kills_its_worker_bars_only_itself(tmp_path, monkeypatch):
     """What a hostile file could do to a decoder, done by a check that dies on purpose."""
-    monkeypatch.setattr(f"{audit.__module__}._RECORDINGS_A_WORKER", 1)
-    monkeypatch.setattr(f"{audit.__module__}.check_unit", die_on_the_second_segment)
+    monkeypatch.setattr("omni_cli.stages.audit.recordings._RECORDINGS_A_WORKER", 1)
+    monkeypatch.setattr("omni_cli.stages.audit.recordings.check_unit", die_on_the_second_segment)
     for name in (f"{_route(0)}--0", f"{_route(0)}--2", f"{_route(1)}--0"):
         folder = tmp_path / f"{routes.DONGLE}|{name}"
         folder.mkdir()
@@ -406,7 +409,7 @@ def test_a_recording_that_kills_its_worker_bars_only_itself(tmp_path, monkeypatc
 def test_shards_must_agree_with_their_manifest(tmp_path):
     folder = tmp_path / "shards" / "one"
     empty = pa.table({"number": [1, 2, 3]})
-    write_recording(folder, "a", ShardTables(frames=empty, windows=empty), "key")
+    write_recording(folder, "a", ShardTables(frames=Frames(0, lambda: iter(())), windows=empty), "key")
     listed = {
         "frames_file": listed_file(frames_path(folder, "a")),
         "windows_file": listed_file(windows_path(folder, "a")),

@@ -17,23 +17,45 @@ def command(
         Path, typer.Argument(envvar="OMNI_DATA", metavar="[PATH]", help="Raw data, shards, runs or exports.")
     ] = DATA,
     cameras: Cameras = None,
-    deep: Annotated[bool, typer.Option("--deep", help="Decode every frame and hash every artefact.")] = False,
-    quarantine: Annotated[
-        bool, typer.Option("--quarantine", help="List refused recordings, so that later stages leave them out.")
+    deep: Annotated[
+        bool,
+        typer.Option(
+            "--deep",
+            help="Decode every frame, check every CRC and hash. Without it only headers, tables and sizes are read.",
+        ),
     ] = False,
+    subset: Annotated[
+        str | None,
+        typer.Option("--subset", metavar="5%|3/30", help="Be as thorough with a share, or a part, chosen by name."),
+    ] = None,
+    quarantine: Annotated[
+        bool,
+        typer.Option(
+            "--quarantine",
+            help="Move damaged files to quarantine/, for fetch or etl to make anew, and list refused recordings in "
+            "quarantine.json, for later stages to leave out. To undo it move a file back, or delete a line.",
+        ),
+    ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option("--report", metavar="FILE", help="Where the page goes; PATH/audit.html, or beside a single PATH."),
+    ] = None,
+    no_report: Annotated[bool, typer.Option("--no-report", help="Write no page.")] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Find and name what is wrong with data before it is learned from.
 
-    Exits with 3 when data are refused. The data themselves are never changed.
+    Exits with 3 when data are refused. Nothing is deleted, and without --quarantine nothing but the page is written.
     """
     from omni_cli.commands._compose import camera_list
     from omni_cli.report import Console
     from omni_cli.stages.audit import AuditRequest, audit
+    from omni_cli.stages.audit.reporting import default_report
 
     console = Console(quiet=quiet, json_output=json)
-    request = AuditRequest(path=path, cameras=camera_list(cameras), deep=deep, quarantine=quarantine)
+    place = None if no_report else report or default_report(path)
+    request = AuditRequest(path, camera_list(cameras), deep, quarantine, subset, place)
     result = audit(request, console)
     console.finish(result)
     if result["refused"]:

@@ -3,8 +3,10 @@
 import os
 import signal
 
+from omni_cli.stages.checks.findings import Checked
+
 
 def die_on_the_second_segment(unit, *, deep):
     if any(recording.endswith("--2") for recording in unit.recordings):
         os.kill(os.getpid(), signal.SIGKILL)
-    return []
+    return Checked()

@@ -49,9 +49,9 @@ def timestamps(times_us: np.ndarray) -> bytes:
 
 
 @cache
-def mp4(frames: int = FRAMES) -> bytes:
+def mp4(frames: int = FRAMES, first: int = 20) -> bytes:
     stream = io.BytesIO()
-    pictures = (np.full((HEIGHT, WIDTH, 3), 10 * i + 20, np.uint8) for i in range(frames))
+    pictures = (np.full((HEIGHT, WIDTH, 3), 10 * i + first, np.uint8) for i in range(frames))
     encode_h264(stream, pictures, rate_hz=Fraction(FPS), gop=10)
     return stream.getvalue()
 
@@ -106,16 +106,19 @@ def write_repository(root: Path, chunks: int = 1, clips: int = 2) -> Path:
             zip_path(root, "egomotion", chunk), [(member("egomotion", "egomotion", c), egomotion()) for c in names]
         )
         for camera in CAMERAS:
-            write_zip(zip_path(root, camera, chunk), [part for c in names for part in _camera_members(camera, c)])
+            parts = [
+                part for number, c in enumerate(names) for part in _camera_members(camera, c, number + chunk * clips)
+            ]
+            write_zip(zip_path(root, camera, chunk), parts)
         _write_calibration(root, chunk, names)
     return root
 
 
-def _camera_members(camera: str, clip: str) -> list[tuple[str, bytes]]:
+def _camera_members(camera: str, clip: str, number: int) -> list[tuple[str, bytes]]:
     boxes = pa.table({name: pa.array([], pa.int64()) for name in ("frame_index", "x1", "y1", "x2", "y2")})
     times_us = frame_times_us(7_000 * CAMERAS.index(camera))
     return [
-        (member(camera, "video", clip), mp4()),
+        (member(camera, "video", clip), mp4(first=20 + 2 * number + CAMERAS.index(camera))),  # none is another's
         (member(camera, "frame_timestamps", clip), timestamps(times_us)),
         (member(camera, "blurred_boxes", clip), parquet(boxes)),
     ]

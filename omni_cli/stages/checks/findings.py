@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from omni_cli.stages.checks.facts import RecordingFacts
+
 Severity = Literal["refuse", "warn"]
 _EXAMPLES = 2
 
@@ -19,6 +21,7 @@ class Finding:
     recording: str = ""  # empty where it concerns a whole file or folder
     camera: str = ""
     place: str = ""  # the folder that was audited
+    file: str = ""  # relative to that folder: the whole file that is damaged, where one is
 
     def about(self, recording: str, camera: str = "") -> "Finding":
         """Return the same finding, said of a recording and a camera."""
@@ -34,9 +37,17 @@ class Finding:
         return self.place, self.recording or self.detail
 
 
-def refuse(code: str, detail: str) -> Finding:
+@dataclass(frozen=True)
+class Checked:
+    """What checking some recordings gave."""
+
+    findings: tuple[Finding, ...] = ()
+    facts: tuple[RecordingFacts, ...] = ()
+
+
+def refuse(code: str, detail: str, file: str = "") -> Finding:
     """Make a finding that bars its recording or artefact."""
-    return Finding("refuse", code, detail)
+    return Finding("refuse", code, detail, file=file)
 
 
 def warn(code: str, detail: str) -> Finding:

@@ -7,6 +7,7 @@ import numpy as np
 from omni_cli.scene.clock import MICROSECONDS_PER_SECOND, Float64Array, Int64Array
 from omni_cli.scene.poses import EgoMotion
 from omni_cli.scene.recording import SpeedLog
+from omni_cli.stages.checks.agreement import agreement_findings
 from omni_cli.stages.checks.findings import Finding, is_refused, refuse
 from omni_cli.stages.checks.timing import coverage_findings, timestamp_findings
 
@@ -40,7 +41,17 @@ def ego_findings(ego: EgoMotion, camera_span_us: tuple[int, int] | None) -> Iter
         ego = ego.between(*camera_span_us)
     yield from found
     if not is_refused(found):
-        yield from _motion_findings(ego)
+        of_motion = list(_motion_findings(ego))
+        yield from of_motion
+        yield from () if is_refused(of_motion) else agreement_findings(ego)
+
+
+def speed_of_ego(ego: EgoMotion | None, at_us: Int64Array) -> Float64Array:
+    """Return how fast the car was (m,), NaN outside of the log or without one."""
+    if ego is None:
+        return np.full(len(at_us), np.nan)
+    speed = np.linalg.norm(ego.velocity_mps, axis=1)
+    return np.asarray(np.interp(at_us, ego.timestamp_us, speed, left=np.nan, right=np.nan))
 
 
 def speed_findings(

@@ -1,17 +1,32 @@
 """Checks of one recording, whatever its source: its videos, its times, its motion."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+
+import numpy as np
 
 from omni_cli.errors import DataError, OmniError
 from omni_cli.formats import video
-from omni_cli.scene.clock import Int64Array
-from omni_cli.scene.recording import CameraStream, Recording
+from omni_cli.scene.clock import Float64Array, Int64Array
+from omni_cli.scene.recording import CameraStream, Recording, VideoLocation
 from omni_cli.sources import PartRefused, Source
-from omni_cli.stages.checks.findings import Finding, refuse, warn
-from omni_cli.stages.checks.motion import ego_findings, speed_findings
-from omni_cli.stages.checks.timing import spread_findings, timestamp_findings
-
-_DEEP_SIDE_PX = 32  # decoding is the work; what it is scaled to is not looked at
+from omni_cli.stages.checks.agreement import wheel_findings
+from omni_cli.stages.checks.facts import (
+    SKEW_EDGES_MS,
+    Counts,
+    MotionFacts,
+    PictureFacts,
+    RecordingFacts,
+    camera_facts,
+    histogram,
+    motion_of_ego,
+    motion_of_speed,
+    skews_us,
+)
+from omni_cli.stages.checks.findings import Checked, Finding, is_refused, refuse, warn
+from omni_cli.stages.checks.motion import ego_findings, speed_findings, speed_of_ego
+from omni_cli.stages.checks.timing import jitter_findings, spread_findings, timestamp_findings
+from omni_cli.stages.checks.videos import count_findings, deep_findings
 
 
 def opened(source: Source, recording_id: str, cameras: tuple[str, ...] | None) -> Recording | Finding:
@@ -19,12 +34,12 @@ def opened(source: Source, recording_id: str, cameras: tuple[str, ...] | None) -
     try:
         return source.open(recording_id, cameras)
     except PartRefused as error:
-        return refuse("refused-by-reader", str(error)).about(error.part_id)
+        return refuse("refused-by-reader", _without(error.part_id, error)).about(error.part_id)
     except DataError as error:
-        return refuse("refused-by-reader", str(error)).about(recording_id)
+        return refuse("refused-by-reader", _without(recording_id, error)).about(recording_id)
 
 
-def recording_findings(recording: Recording, *, deep: bool) -> Iterator[Finding]:
+def check_recording(recording: Recording, *, deep: bool) -> Checked:
     """Check everything that a recording holds.
 
     Args:
@@ -32,57 +47,75 @@ def recording_findings(recording: Recording, *, deep: bool) -> Iterator[Finding]
         deep: decode every frame, rather than read the headers and packets.
     """
     is_joined = bool(recording.parts)
+    pictures: dict[str, PictureFacts | None] = {}
+    found: list[Finding] = []
     for camera, stream in recording.cameras.items():
-        of_times = timestamp_findings(stream.timestamp_us, "frame times", is_joined=is_joined)
-        yield from (finding.about(recording.id, camera) for finding in of_times)
-        yield from _videos_findings(recording, stream, deep=deep)
-    spans = camera_spans_us({camera: stream.timestamp_us for camera, stream in recording.cameras.items()})
-    found = [*spread_findings(spans)] if spans else []
+        of_times = list(timestamp_findings(stream.timestamp_us, "frame times", is_joined=is_joined))
+        of_times += () if is_refused(of_times) else jitter_findings(stream.timestamp_us, "frame times")
+        found += (finding.about(recording.id, camera) for finding in of_times)
+        found += _videos_findings(recording, stream, pictures, deep=deep)
+    times_us = {camera: stream.timestamp_us for camera, stream in recording.cameras.items()}
+    span = whole_span_us(camera_spans_us(times_us).values())
+    found += (finding.about(recording.id) for finding in _whole_findings(recording, times_us, span))
+    facts = () if is_refused(found) else (_facts(recording, times_us, span, pictures),)
+    return Checked(tuple(found), facts)
+
+
+def _whole_findings(
+    recording: Recording, times_us: Mapping[str, Int64Array], span: tuple[int, int] | None
+) -> Iterator[Finding]:
+    if spans := camera_spans_us(times_us):
+        yield from spread_findings(spans)
     if recording.provenance.get("log_is_truncated") == "true":
         logs = recording.provenance["truncated_logs"]
-        found.append(warn("truncated-log", f"{logs} ends inside an event; read up to there"))
-    span = whole_span_us(spans.values())
+        yield warn("truncated-log", f"{logs} ends inside an event and is read up to there; etl makes windows of what "
+                   "it covers, and says nothing")  # fmt: skip
     if recording.ego is not None:
-        found += ego_findings(recording.ego, span)
+        yield from ego_findings(recording.ego, span)
     if recording.speed is not None:
-        found += speed_findings(recording.speed, span, is_joined=is_joined)
-    yield from (finding.about(recording.id) for finding in found)
+        yield from speed_findings(recording.speed, span, is_joined=bool(recording.parts))
+    if recording.ego is not None and recording.speed is not None:
+        yield from wheel_findings(recording.speed, recording.ego)
 
 
-def video_findings(
-    content: bytes,
-    name: str,
-    num_timestamps: int,
-    *,
-    deep: bool,
-    surplus: Callable[[str, str], Finding] = refuse,
+def _videos_findings(
+    recording: Recording, stream: CameraStream, pictures: dict[str, PictureFacts | None], *, deep: bool
 ) -> Iterator[Finding]:
-    """Check that a video can be read and has a frame for each timestamp.
-
-    Args:
-        content: the video file.
-        name: what to call it in a detail.
-        num_timestamps: how many frames have a time.
-        deep: decode every frame.
-        surplus: how grave frames without a time are; where a reader vouches for the first ones, the rest do no harm.
-    """
-    try:
-        info = video.probe(content, name)
-        if info.num_frames != num_timestamps:
-            make = surplus if info.num_frames > num_timestamps else refuse
-            yield make("frame-count", f"{info.num_frames} frames, {num_timestamps} timestamps; equal counts expected")
-        if deep:
-            _decode_all(content, name, info.num_frames)
-    except OmniError as error:
-        yield refuse("unreadable-video", str(error))
-
-
-def _videos_findings(recording: Recording, stream: CameraStream, *, deep: bool) -> Iterator[Finding]:
     """Check each video of a camera; what is wrong with one concerns the part that it belongs to."""
-    for part, location in zip(recording.parts or (recording.id,), stream.videos, strict=True):
+    start, parts = 0, []
+    parts_of_videos = recording.parts or (recording.id,) * len(stream.videos)  # none can be set aside by itself
+    for part, location in zip(parts_of_videos, stream.videos, strict=True):
         count = len(stream.timestamp_us) if location.num_frames is None else location.num_frames
-        found = video_findings(location.read(), stream.name, count, deep=deep, surplus=warn)
+        times_us = stream.timestamp_us[start : start + count]
+        start += count
+        facts, found = _video_findings(location, stream.name, times_us, partial(speed_of, recording), deep=deep)
+        parts.append(facts)
         yield from (finding.about(part, stream.name) for finding in found)
+    pictures[stream.name] = _joined(parts)
+
+
+def _video_findings(
+    location: VideoLocation, name: str, times_us: Int64Array, speed_at: "partial[Float64Array]", *, deep: bool
+) -> tuple[PictureFacts | None, list[Finding]]:
+    content = location.read()
+    try:
+        found = list(count_findings(video.probe(content, name).num_frames, len(times_us), surplus=warn))
+    except OmniError as error:
+        return None, [refuse("unreadable-video", str(error))]
+    if not deep or is_refused(found):
+        return None, found
+    facts, of_pictures = deep_findings(content, name, times_us, len(times_us), speed_at)
+    return facts, found + of_pictures
+
+
+def speed_of(recording: Recording, at_us: Int64Array) -> Float64Array:
+    """Return how fast the car was (m,), NaN where no log says it."""
+    if recording.ego is not None:
+        return speed_of_ego(recording.ego, at_us)
+    log = recording.speed
+    if log is None:
+        return np.full(len(at_us), np.nan)
+    return np.asarray(np.interp(at_us, log.timestamp_us, np.abs(log.speed_mps), left=np.nan, right=np.nan))
 
 
 def camera_spans_us(timestamps_us: Mapping[str, Int64Array]) -> dict[str, tuple[int, int]]:
@@ -96,6 +129,51 @@ def whole_span_us(spans_us: Iterable[tuple[int, int]]) -> tuple[int, int] | None
     return (min(start for start, _ in spans), max(end for _, end in spans)) if spans else None
 
 
-def _decode_all(content: bytes, name: str, num_frames: int) -> None:
-    for _ in video.decode(content, name, range(num_frames), width_px=_DEEP_SIDE_PX, height_px=_DEEP_SIDE_PX):
-        pass
+def skew_facts(times_us: Mapping[str, Int64Array]) -> tuple[Counts, int]:
+    """Return how far apart cameras are, counted every 0.1 s, and the worst; nothing with fewer than two."""
+    if len(times_us) < 2:
+        return (), 0
+    skews = skews_us(times_us)
+    return histogram(skews / 1000, SKEW_EDGES_MS), int(skews.max(initial=0))
+
+
+def _facts(
+    recording: Recording,
+    times_us: Mapping[str, Int64Array],
+    span: tuple[int, int] | None,
+    pictures: Mapping[str, PictureFacts | None],
+) -> RecordingFacts:
+    skews, worst = skew_facts(times_us)
+    return RecordingFacts(
+        recording=recording.id,
+        cameras=camera_facts(times_us, pictures, {}),
+        motion=_motion(recording, span),
+        skew_counts=skews,
+        max_skew_us=worst,
+    )
+
+
+def _motion(recording: Recording, span: tuple[int, int] | None) -> MotionFacts | None:
+    if recording.ego is not None:
+        return motion_of_ego(recording.ego, span)
+    if recording.speed is None:
+        return None
+    turning = recording.device.yaw_rate if recording.device is not None else None
+    yaw_rate = None if turning is None else (turning.timestamp_us, turning.yaw_rate_radps)
+    return motion_of_speed(recording.speed, span, yaw_rate)
+
+
+def _joined(parts: list[PictureFacts | None]) -> PictureFacts | None:
+    """Add up the videos of one camera; none where one was not looked at. The hashes are those of the first."""
+    known = [part for part in parts if part is not None]
+    if not known or len(known) < len(parts):
+        return None
+    decoded, black, frozen = (
+        sum(getattr(part, name) for part in known) for name in ("num_decoded", "num_black", "num_frozen")
+    )
+    return PictureFacts(decoded, black, frozen, known[0].hashes)
+
+
+def _without(recording_id: str, error: DataError) -> str:
+    """Return an error's text without the id that every finding names anyway."""
+    return str(error).removeprefix(f"{recording_id}: ")

@@ -3,15 +3,16 @@
 import csv
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from omni_cli.errors import DataError
+from omni_cli.formats.fetched import absent_upstream, clips_on_disk
 from omni_cli.formats.physical_ai_av import (
     CAMERAS,
     CLIP_INDEX_FILE,
@@ -36,16 +37,21 @@ class Chunk:
     present: dict[str, frozenset[str]] | None  # feature -> clips that have it; None where no index says so
     cameras: tuple[str, ...]  # the ones to audit
     are_cameras_asked: bool  # by the user: then a camera without a file is refused, and else told
+    listed: tuple[str, ...]  # every clip that the index names for it, those that are not valid too
+    absent: frozenset[str] = frozenset()  # features whose file omni fetch found to be missing upstream
+    parts: dict[str, frozenset[str]] = field(default_factory=dict)  # feature -> clips, of zips fetched by clips
 
     def path(self, feature: str) -> Path:
         """Return where the chunk file of a feature belongs."""
         return self.root / FEATURES[feature].chunk_path(self.number)
 
     def expected(self, feature: str) -> tuple[str, ...]:
-        """Return the clips that should have a feature."""
+        """Return the clips that should have a feature: of a zip that was fetched by clips, those alone."""
+        part = self.parts.get(feature)
+        clips = self.clips if part is None else tuple(clip for clip in self.clips if clip in part)
         if self.present is None or feature not in self.present:
-            return self.clips
-        return tuple(clip for clip in self.clips if clip in self.present[feature])
+            return clips
+        return tuple(clip for clip in clips if clip in self.present[feature])
 
 
 @dataclass(frozen=True)
@@ -73,19 +79,53 @@ def read_repository(root: Path, cameras: tuple[str, ...] | None) -> Repository:
     """
     on_disk = _chunk_numbers(root)
     index = _read_index(root / CLIP_INDEX_FILE, ("clip_id", "chunk"))
-    valid = index["clip_is_valid"] if "clip_is_valid" in index.column_names else [True] * len(index)
-    clips: dict[int, list[str]] = defaultdict(list)
-    for clip, chunk, is_valid in zip(index["clip_id"].to_pylist(), index["chunk"].to_pylist(), valid, strict=True):
-        if chunk in on_disk and is_valid:
-            clips[chunk].append(clip)
+    rows = _rows(index, on_disk)
     tables = [root / name for name in (PRESENCE_FILE, LEGACY_PRESENCE_FILE) if (root / name).is_file()]
     present = _presence(tables[0]) if tables else None
     wanted = cameras if cameras is not None else tuple(name for name in CAMERAS if _has_files(root, name))
-    chunks = tuple(
-        Chunk(root, number, names, _of_clips(present, names), wanted, cameras is not None)
-        for number, names in sorted((number, tuple(sorted(found))) for number, found in clips.items())
-    )
-    return Repository(chunks, (*_index_findings(root, present is None), *_unlisted(on_disk - clips.keys())))
+    absent = absent_upstream(root)
+    asked = wanted, cameras is not None
+    chunks = tuple(_chunk(root, number, found, present, asked) for number, found in rows.items())
+    chunks = tuple(replace(chunk, absent=_features(absent, chunk.number)) for chunk in chunks)
+    findings = (*_index_findings(root, present is None), *_unlisted(on_disk - rows.keys()), *_repeated(index))
+    return Repository(chunks, findings)
+
+
+def _rows(index: pa.Table, on_disk: set[int]) -> dict[int, list[tuple[str, bool]]]:
+    """Return chunk -> its clips and whether each is valid, of the chunks that are here."""
+    columns = [index[name].to_pylist() for name in ("clip_id", "chunk")]
+    valid = index["clip_is_valid"].to_pylist() if "clip_is_valid" in index.column_names else [True] * len(index)
+    rows: dict[int, list[tuple[str, bool]]] = defaultdict(list)
+    for clip, chunk, is_valid in zip(*columns, valid, strict=True):
+        if chunk in on_disk:
+            rows[chunk].append((str(clip), bool(is_valid)))
+    return {chunk: found for chunk, found in sorted(rows.items()) if any(is_valid for _, is_valid in found)}
+
+
+def _chunk(
+    root: Path,
+    number: int,
+    rows: list[tuple[str, bool]],
+    present: dict[str, frozenset[str]] | None,
+    asked: tuple[tuple[str, ...], bool],
+) -> Chunk:
+    fetched = clips_on_disk(root, CAMERAS, number) or None  # a part of the chunk: the others were never asked for
+    clips = tuple(sorted({clip for clip, is_valid in rows if is_valid and (fetched is None or clip in fetched)}))
+    listed = tuple(sorted({clip for clip, _ in rows}))
+    parts = {name: part for name in (EGOMOTION, *CAMERAS) if (part := clips_on_disk(root, (name,), number))}
+    return Chunk(root, number, clips, _of_clips(present, clips), *asked, listed, parts=parts)
+
+
+def _repeated(index: pa.Table) -> Iterator[Finding]:
+    counts = Counter(index["clip_id"].to_pylist())
+    for clip, count in counts.items():
+        if count > 1:
+            detail = f"{CLIP_INDEX_FILE}: lists it {count} times; fetch it again"
+            yield refuse("duplicate-clip", detail).about(str(clip))
+
+
+def _features(paths: frozenset[str], chunk: int) -> frozenset[str]:
+    return frozenset(name for name, feature in FEATURES.items() if feature.chunk_path(chunk) in paths)
 
 
 def _index_findings(root: Path, has_no_presence: bool) -> Iterator[Finding]:

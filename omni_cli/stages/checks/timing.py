@@ -11,6 +11,8 @@ GAP_PERIODS = 2.5  # an interval longer than this many typical ones is a gap
 MAX_GAP_US = 1_000_000  # a longer one leaves no window around it worth keeping
 MAX_SPREAD_US = 500_000  # between the starts, or the ends, of a recording's cameras
 MIN_COVERED_SHARE = 0.5  # of the cameras' span, by the ego motion
+PLAUSIBLE_PERIOD_US = (1_000, 2_000_000)  # of a camera or a log; others are of another unit
+MAX_JITTER_SHARE = 0.35  # of a period, by which one interval in twenty may differ from the typical one
 
 
 def timestamp_findings(timestamp_us: Int64Array, what: str, *, is_joined: bool = False) -> Iterator[Finding]:
@@ -33,7 +35,26 @@ def timestamp_findings(timestamp_us: Int64Array, what: str, *, is_joined: bool =
             "strictly increasing expected",
         )
         return
+    period_us = typical_period_us(timestamp_us)
+    if not PLAUSIBLE_PERIOD_US[0] <= period_us <= PLAUSIBLE_PERIOD_US[1]:
+        yield refuse("wrong-unit", f"{what}: one every {period_us} us (median), no camera or log does that; are they "
+                     "microseconds?")  # fmt: skip
+        return
     yield from _gap_findings(timestamp_us, steps, what, longest_us=None if is_joined else MAX_GAP_US)
+
+
+def jitter_findings(timestamp_us: Int64Array, what: str) -> Iterator[Finding]:
+    """Check that a camera ticks evenly.
+
+    Args:
+        timestamp_us: (n,) increasing, two or more.
+        what: names the times in a detail.
+    """
+    period_us = typical_period_us(timestamp_us)
+    jitter_us = float(np.percentile(np.abs(np.diff(timestamp_us) - period_us), 95))
+    if jitter_us > MAX_JITTER_SHARE * period_us:
+        yield warn("jitter", f"{what}: one interval in twenty is {jitter_us / 1000:.1f} ms off the typical "
+                   f"{period_us / 1000:.1f} ms")  # fmt: skip
 
 
 def spread_findings(spans_us: Mapping[str, tuple[int, int]]) -> Iterator[Finding]:

@@ -3,10 +3,10 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from omni_cli.sources import open_source
-from omni_cli.stages.checks.findings import Finding
-from omni_cli.stages.checks.raw import chunk_findings
-from omni_cli.stages.checks.recordings import opened, recording_findings
+from omni_cli.sources import Source, open_source
+from omni_cli.stages.checks.findings import Checked, Finding
+from omni_cli.stages.checks.raw import check_chunk
+from omni_cli.stages.checks.recordings import check_recording, opened
 from omni_cli.stages.checks.repository import Chunk
 
 
@@ -25,13 +25,16 @@ class Unit:
         return [replace(self, recordings=(recording,)) for recording in self.recordings]
 
 
-def check_unit(unit: Unit, *, deep: bool) -> list[Finding]:
+def check_unit(unit: Unit, *, deep: bool) -> Checked:
     """Check the recordings of one unit."""
     source = open_source(unit.source, unit.folder)
     if unit.chunk is not None:
-        return list(chunk_findings(unit.chunk, unit.recordings, source, deep=deep))
-    found: list[Finding] = []
-    for recording_id in unit.recordings:
-        recording = opened(source, recording_id, unit.cameras)
-        found += [recording] if isinstance(recording, Finding) else recording_findings(recording, deep=deep)
-    return found
+        return check_chunk(unit.chunk, unit.recordings, source, deep=deep)
+    checked = [_check_one(source, recording_id, unit, deep=deep) for recording_id in unit.recordings]
+    findings = tuple(finding for one in checked for finding in one.findings)
+    return Checked(findings, tuple(facts for one in checked for facts in one.facts))
+
+
+def _check_one(source: Source, recording_id: str, unit: Unit, *, deep: bool) -> Checked:
+    recording = opened(source, recording_id, unit.cameras)
+    return Checked((recording,)) if isinstance(recording, Finding) else check_recording(recording, deep=deep)

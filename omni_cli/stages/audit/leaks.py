@@ -1,0 +1,72 @@
+"""What of a shard set is on both sides of its split: a drive, or two recordings that show the same."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from PIL import Image
+
+from omni_cli.errors import DataError
+from omni_cli.formats.video_check import THUMB_HEIGHT_PX, THUMB_WIDTH_PX
+from omni_cli.samples.shards import RecordingEntry, ShardSet
+from omni_cli.samples.splits import check_no_leak
+from omni_cli.stages.audit.duplicates import duplicate_pairs
+from omni_cli.stages.checks.findings import Finding, refuse, warn
+from omni_cli.stages.checks.pictures import HASHED_AT, picture_hashes
+
+
+def split_findings(shards: ShardSet) -> Iterator[Finding]:
+    """Check by the manifest alone that no drive lies on both sides, nor one recording's bytes under two names."""
+    entries, rule = shards.manifest.recordings, shards.manifest.split_rule
+    try:
+        check_no_leak([(entry.id, entry.group, entry.windows) for entry in entries], rule)
+    except DataError as error:
+        yield refuse("split-leak", str(error))
+    first: dict[str, RecordingEntry] = {}
+    for entry in entries:
+        other = first.setdefault(entry.frames_file.sha256, entry)
+        if other is not entry and _are_apart(other, entry):
+            detail = f"the same pictures as {other.id}, byte for byte, which is in the other split"
+            yield refuse("split-leak", detail).about(entry.id)
+
+
+def picture_findings(shards: ShardSet, chosen: Sequence[RecordingEntry]) -> Iterator[Finding]:
+    """Name recordings of different splits whose pictures look alike.
+
+    Args:
+        shards: the set.
+        chosen: the recordings whose pictures are read; files that do not match their receipts are not among them.
+    """
+    if len({split for entry in chosen for split, count in entry.windows.items() if count}) < 2:
+        return  # there is no other side
+    hashes = {entry.id: {"": _hashes(shards, entry)} for entry in chosen}
+    by_id = {entry.id: entry for entry in chosen}
+    for pair in duplicate_pairs(hashes):
+        one, other = by_id[pair.one], by_id[pair.other]
+        if _are_apart(one, other) and one.frames_file.sha256 != other.frames_file.sha256:
+            detail = f"looks like {pair.one}, which is in the other split: {pair.different_share:.1%} of the bits of "
+            yield warn("duplicate-across-splits", f"{detail}their picture hashes differ").about(pair.other)
+
+
+def _are_apart(one: RecordingEntry, other: RecordingEntry) -> bool:
+    """Say whether two recordings have windows in different splits."""
+    sides = [{split for split, count in entry.windows.items() if count} for entry in (one, other)]
+    return any(left != right for left in sides[0] for right in sides[1])
+
+
+def _hashes(shards: ShardSet, entry: RecordingEntry) -> tuple[int, ...]:
+    """Hash pictures of the first view at fixed shares of a recording."""
+    frames = shards.frames(entry.id)
+    of_view = np.flatnonzero(np.array(frames["camera"].to_pylist()) == frames["camera"][0].as_py())
+    rows = [int(of_view[int(share * len(of_view))]) for share in HASHED_AT]
+    return picture_hashes(np.stack([_thumb(shards, frames, row) for row in rows]))
+
+
+def _thumb(shards: ShardSet, frames: pa.Table, row: int) -> npt.NDArray[np.uint8]:
+    size = frames["width_px"][row].as_py(), frames["height_px"][row].as_py()
+    shape = shards.manifest.preprocess.picture_shape(*size)
+    picture = np.frombuffer(frames["pixels"][row].as_buffer(), dtype=np.uint8).reshape(shape)
+    luma = picture.mean(axis=2 if shape[-1] == 3 else 0)  # RGB, or the six planes of a driving model's YUV
+    small = Image.fromarray(luma.astype(np.uint8)).resize((THUMB_WIDTH_PX, THUMB_HEIGHT_PX), Image.Resampling.BOX)
+    return np.asarray(small)
