@@ -75,7 +75,7 @@ def test_thirty_hertz_video_and_hundred_hertz_motion_meet_in_time_and_not_in_row
     tables = ego_motion_tables(
         recording, preprocess(), stride=8, max_age_us=50_000, assign_split=lambda start, end: "train"
     )
-    frames, windows = tables.frames.to_pylist(), tables.windows.to_pylist()
+    frames, windows = tables.frames.read_all().to_pylist(), tables.windows.to_pylist()
     assert len(windows) == 4
     for window in windows:
         duration_s = (window["end_us"] - window["start_us"]) / 1e6

@@ -260,8 +260,18 @@ class Inferable(Sampled, Trainable, Evaluable, Protocol):
             spoken_us: the instants that the windows before it speak for; it takes over those that it returns.
         """
 
-    def strokes(self, recording: Recording, values: Mapping[str, Any], at: int, at_us: int) -> Sequence[Stroke]:
-        """Return what to draw over the first camera's picture at instant `at` of a window, seen at `at_us`."""
+    def strokes(
+        self, recording: Recording, values: Mapping[str, Any], at: int, at_us: int, instant_us: int
+    ) -> Sequence[Stroke]:
+        """Return what to draw over the first camera's picture at instant `at` of a window.
+
+        Args:
+            recording: where the picture is from.
+            values: of a prediction, or of the truth.
+            at: number of the instant.
+            at_us: when the picture was taken, which is a little before the instant.
+            instant_us: when the instant is.
+        """
 
 
 @runtime_checkable

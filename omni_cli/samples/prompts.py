@@ -8,14 +8,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from omni_cli.samples.answer_formats import FORMATS
 from omni_cli.samples.tiling import Labels, TiledPreprocess
 
 SYSTEM = "You are a driving assistant."
 VIDEO_TOKEN = "<|video_pad|>"
 ANSWER_END = "<|im_end|>"
-_NUMBER = r"(-?\d{1,6}(?:\.\d{1,6})?)"
-_EGO_MOTION = re.compile(rf"Avg Velocity: {_NUMBER}m/s\. Total displacement: {_NUMBER}m\.")
-_SPEED = re.compile(rf"Speed {_NUMBER} m/s\.")
 _TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nSYSTEM<|im_end|>\n{% endif %}"
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -25,7 +23,7 @@ _TEMPLATE = (
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-ANSWERED: Mapping[Labels, tuple[str, ...]] = {
+ANSWERED: Mapping[Labels, tuple[str, ...]] = {  # the numbers that short answers state
     "ego-motion": ("mean_speed_mps", "displacement_m"),
     "speed": ("mean_speed_mps",),
 }
@@ -53,7 +51,7 @@ def render_question(preprocess: TiledPreprocess, start_speed_mps: float) -> str:
     cameras = ", ".join(camera_title(name) for name in preprocess.cameras)
     question = (
         f"{preprocess.num_frames} frames at {preprocess.rate_hz:g} Hz, "
-        f"{preprocess.rows}x{preprocess.columns} grid of cameras: {cameras}. How does the car move?"
+        f"{preprocess.rows}x{preprocess.columns} grid of cameras: {cameras}. {FORMATS[preprocess.labels].question}"
     )
     if preprocess.past_speed:
         question += f" Its speed at the first frame is {start_speed_mps:.2f} m/s."
@@ -76,29 +74,20 @@ def render_answer(labels: Labels, targets: Mapping[str, Any]) -> str:
 
     Args:
         labels: the answer's format; `ego-motion` is the one of DESIGN section 9, `speed` a whole number.
-        targets: the window's `mean_speed_mps` and `displacement_m`.
+        targets: of the window, by column.
     """
-    speed, displacement = float(targets["mean_speed_mps"]), float(targets["displacement_m"])
-    if labels == "speed":
-        return f"Speed {_plain(speed, 0).zfill(3)} m/s."  # fixed width: the first digit says the most
-    return (
-        f"<think>\nAvg Velocity: {_plain(speed, 2)}m/s. Total displacement: {_plain(displacement, 2)}m.\n</think>\n"
-        f"Action: Displacement of {_plain(displacement, 1)} meters."
-    )
+    return FORMATS[labels].render(targets)
 
 
-def parse_answer(labels: Labels, text: str) -> dict[str, float] | None:
-    """Read an answer back, one number for each of `ANSWERED[labels]`; None where it is not in the format."""
-    pattern = _SPEED if labels == "speed" else _EGO_MOTION
-    match = pattern.search(text[:_MAX_ANSWER_CHARACTERS])
-    return dict(zip(ANSWERED[labels], map(float, match.groups()), strict=True)) if match else None
+def parse_answer(labels: Labels, text: str) -> dict[str, Any] | None:
+    """Read an answer back: numbers by the columns they state, a path as `xy_m` (64, 2); None where it is no answer."""
+    return FORMATS[labels].parse(text[:_MAX_ANSWER_CHARACTERS])
 
 
 def sample_sentences(preprocess: TiledPreprocess) -> list[str]:
     """Return sentences from which a tokenizer of our own learns its words; numbers are left to single digits."""
-    zero = {"mean_speed_mps": 0.0, "displacement_m": 0.0}
     prompts = [render_prompt(preprocess.model_copy(update={"past_speed": told}), 0.0) for told in (False, True)]
-    answers = [render_answer(labels, zero) for labels in ("ego-motion", "speed")]
+    answers = [render_answer(labels, FORMATS[labels].zero) for labels in _told_of(preprocess.labels)]
     return [re.sub(r"<\|\w+\|>", " ", text) for text in prompts + answers]
 
 
@@ -120,7 +109,6 @@ def _grid_middle_s(preprocess: TiledPreprocess, grid: int) -> float:
     return (first + last) / 2 / preprocess.rate_hz
 
 
-def _plain(value: float, digits: int) -> str:
-    """Format without a negative zero."""
-    text = f"{value:.{digits}f}"
-    return text.removeprefix("-") if float(text) == 0 else text
+def _told_of(labels: Labels) -> tuple[Labels, ...]:
+    """Return the formats whose words a tokenizer learns: of the short ones both, as one base serves either."""
+    return ("ego-motion", "speed") if labels in ("ego-motion", "speed") else (labels,)

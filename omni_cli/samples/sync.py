@@ -16,6 +16,7 @@ from omni_cli.scene.clock import Int64Array, latest_at, period_us
 MAX_MOTION_GAP_US = 250_000  # ego motion interpolated over a longer gap would be invented
 STALE_FRAME = "a frame is older than the tolerance"
 MOTION_GAP = "ego motion has a gap"
+OUTSIDE = "cameras and ego motion do not reach over it"
 
 
 @dataclass(frozen=True)
@@ -103,15 +104,42 @@ def plan_windows(
     return WindowPlan(tuple(windows), dict(dropped))
 
 
+def plan_ending_at(
+    cameras: Mapping[str, Int64Array],
+    motion_us: Int64Array,
+    ends_us: Int64Array,
+    *,
+    rate_hz: float,
+    num_frames: int,
+    max_age_us: int,
+) -> WindowPlan:
+    """Choose the windows whose last instants are given (n,), in that order; other arguments as for `plan_windows`."""
+    first_us, last_us = common_span_us(cameras, motion_us)
+    before_us = np.arange(1 - num_frames, 1, dtype=np.int64) * period_us(rate_hz)
+    windows, dropped = [], Counter[str]()
+    for instants_us in ends_us[:, None] + before_us:
+        if instants_us[0] < first_us or instants_us[-1] > last_us:
+            dropped[OUTSIDE] += 1
+            continue
+        index = np.stack([latest_at(times, instants_us) for times in cameras.values()], axis=1)
+        seen = np.stack([times[index[:, k]] for k, times in enumerate(cameras.values())], axis=1)
+        window = PlannedWindow(instants_us, index, seen)
+        if reason := _refusal(window, motion_us, max_age_us):
+            dropped[reason] += 1
+        else:
+            windows.append(window)
+    return WindowPlan(tuple(windows), dict(dropped))
+
+
 def _refusal(window: PlannedWindow, motion_us: Int64Array | None, max_age_us: int) -> str:
     if window.max_age_us > max_age_us:
         return STALE_FRAME
-    if motion_us is not None and _largest_gap_us(motion_us, window.start_us, window.end_us) > MAX_MOTION_GAP_US:
+    if motion_us is not None and largest_gap_us(motion_us, window.start_us, window.end_us) > MAX_MOTION_GAP_US:
         return MOTION_GAP
     return ""
 
 
-def _largest_gap_us(timestamps_us: Int64Array, start_us: int, end_us: int) -> int:
+def largest_gap_us(timestamps_us: Int64Array, start_us: int, end_us: int) -> int:
     """Return the largest interval between the samples that interpolation over [start_us, end_us] touches."""
     low = int(np.searchsorted(timestamps_us, start_us, side="right")) - 1
     high = int(np.searchsorted(timestamps_us, end_us, side="left"))

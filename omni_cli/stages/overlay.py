@@ -113,7 +113,7 @@ def _drawn(
     canvas.paste(Image.fromarray(picture), (0, 0))
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(_FONT_PX)
     for values in (said.truth, said.values):
-        for stroke in recipe.strokes(recording, values, shown.at, at_us) if values else ():
+        for stroke in _strokes(recipe, recording, values, shown, at_us) if values else ():
             scaled = (stroke.points_px + 0.5) * _scale(stroke, picture) - 0.5
             draw.line([tuple(point) for point in scaled.tolist()], fill=stroke.colour, width=stroke.width_px)
     draw.text((_MARGIN_PX, height + 6), f"model: {recipe.caption(said.values, shown.at)}", fill=_WHITE, font=font)
@@ -122,6 +122,12 @@ def _drawn(
     title = f"{camera_title(stream.name)}  {shown.instant_us / 1e6:.2f} s"
     draw.text((_MARGIN_PX, 6), title, fill=_WHITE, font=font, stroke_width=2, stroke_fill=(0, 0, 0))
     return np.asarray(canvas)
+
+
+def _strokes(
+    recipe: Inferable, recording: Recording, values: Mapping[str, Any], shown: _Shown, at_us: int
+) -> Sequence[Stroke]:
+    return recipe.strokes(recording, values, shown.at, at_us, shown.instant_us)
 
 
 def _scale(stroke: Stroke, picture: Uint8Array) -> Float64Array:

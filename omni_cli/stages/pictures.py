@@ -12,9 +12,16 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from omni_cli import files
+from omni_cli.errors import DataError
 from omni_cli.recipe import Pair
+from omni_cli.samples.camera_frames import camera_frames
 from omni_cli.samples.dataset import WindowDataset
 from omni_cli.samples.prompts import camera_title
+from omni_cli.samples.waypoints import NUM_HISTORY, check_poses, refusal, waypoints_at
+from omni_cli.samples.windows import camera_streams
+from omni_cli.scene.clock import Float64Array, latest_at
+from omni_cli.scene.ground_paths import path_pixels, path_runs
+from omni_cli.scene.recording import CameraStream, Recording
 from omni_cli.stages.checkpoints import read_history
 
 _BLUE, _GREY = "#2463a8", "#888888"
@@ -87,6 +94,55 @@ def skew(dataset: WindowDataset) -> Figure:
     axis.set_ylabel("windows")
     axis.legend()
     return figure
+
+
+def write_driven_path(path: Path, recording: Recording, at_us: int, cameras: Sequence[str]) -> Path:
+    """Write `driven_path` as a PNG; return its path."""
+    return _save(driven_path(recording, at_us, cameras), path)
+
+
+def driven_path(recording: Recording, at_us: int, cameras: Sequence[str]) -> Figure:
+    """Draw the true path of the next 6.4 s over each camera's picture of an instant, with a dot a second.
+
+    It proves, or disproves, clocks, poses and calibration together: the line must lie on the road.
+
+    Args:
+        recording: with poses from 1.5 s before the instant to 6.4 s after it.
+        at_us: the instant; each camera shows its last frame that is not later.
+        cameras: with a calibration.
+
+    Raises:
+        DataError: a camera is missing or damaged, or the poses do not reach.
+    """
+    if why := refusal(check_poses(recording), at_us):
+        raise DataError(f"{recording.id}: no driven path at {at_us / 1e6:.2f} s, {why}; choose another instant")
+    path_m = waypoints_at(recording, np.array([at_us]))[at_us].xyz_m[NUM_HISTORY:]
+    columns = min(len(cameras), 2)
+    figure = Figure(figsize=(8 * columns, 4.9 * -(-len(cameras) // columns)), layout="constrained")
+    streams = camera_streams(recording, cameras).values()
+    axes = figure.subplots(-(-len(cameras) // columns), columns, squeeze=False).ravel()
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, stream in zip(axes, streams, strict=False):
+        _draw_path(axis, recording, stream, path_m, at_us)
+    return figure
+
+
+def _draw_path(axis: Any, recording: Recording, stream: CameraStream, path_m: Float64Array, at_us: int) -> None:
+    frame = int(latest_at(stream.timestamp_us, np.array([at_us]))[0])
+    if frame < 0 or stream.calibration is None:
+        raise DataError(f"{recording.id} {stream.name}: no picture at {at_us / 1e6:.2f} s, or no calibration")
+    seen, taken_us = camera_frames(f"{recording.id} {stream.name}", stream), int(stream.timestamp_us[frame])
+    width_px, height_px = seen.size_px
+    ((_, picture),) = seen.decode([frame], width_px=width_px, height_px=height_px, decoder="pyav")
+    axis.imshow(picture)
+    for run in path_runs(stream.calibration, recording.ego, path_m, taken_us, at_us):
+        axis.plot(*run.T, color="#40e070", linewidth=2.2, alpha=0.9)
+    dots, is_inside = path_pixels(stream.calibration, recording.ego, path_m[9::10], taken_us, at_us)
+    axis.plot(*dots[is_inside].T, "o", color="#ffd040", markersize=5, markeredgecolor="black")
+    axis.set_title(f"{camera_title(stream.name)}, taken {(at_us - taken_us) / 1000:.0f} ms before", fontsize=10)
+    axis.set_xlim(-0.5, width_px - 0.5)
+    axis.set_ylim(height_px - 0.5, -0.5)
 
 
 def write_html(

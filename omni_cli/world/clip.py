@@ -98,20 +98,23 @@ def rig_of(spec: SyntheticSpec, chunk: int, index: int) -> str:
 
 def build_clip(spec: SyntheticSpec, chunk: int, index: int) -> Clip:
     """Make a clip's drive, world and cameras."""
-    shift = np.random.default_rng(np.random.SeedSequence([spec.seed])).random()
-    phase = (shift + (chunk * spec.clips_per_chunk + index) * _GOLDEN) % 1  # spreads the first speeds of a set evenly
-    rng = generator(spec, chunk, index, "drive")
-    drive = (
-        winding_drive(rng, seconds=spec.seconds)
-        if spec.roads == "winding"
-        else random_drive(rng, seconds=spec.seconds, start_phase=phase)
-    )
+    drive = build_drive(spec, chunk, index)
     rig = rig_of(spec, chunk, index)
     cameras = generator(spec, chunk, index, "cameras")
     calibrations = random_rig(cameras, rig, width_px=spec.width_px, height_px=spec.height_px, cameras=spec.cameras)
     times = {camera: _timestamps(cameras, spec) for camera in CAMERAS}
     world = build_world(generator(spec, chunk, index, "world"), drive, spec.clutter)
     return Clip(world, rig, calibrations, {camera: times[camera] for camera in spec.cameras})
+
+
+def build_drive(spec: SyntheticSpec, chunk: int, index: int) -> Drive:
+    """Return how the car of a clip moves."""
+    shift = np.random.default_rng(np.random.SeedSequence([spec.seed])).random()
+    phase = (shift + (chunk * spec.clips_per_chunk + index) * _GOLDEN) % 1  # spreads the first speeds of a set evenly
+    rng = generator(spec, chunk, index, "drive")
+    if spec.roads == "winding":
+        return winding_drive(rng, seconds=spec.seconds)
+    return random_drive(rng, seconds=spec.seconds, start_phase=phase)
 
 
 def _timestamps(rng: np.random.Generator, spec: SyntheticSpec) -> Int64Array:

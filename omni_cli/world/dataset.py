@@ -6,6 +6,7 @@ same bytes, on one machine and one set of pins.
 
 import csv
 import io
+import json
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from omni_cli.formats.video import encode_h264
 from omni_cli.scene.cameras import Calibration, FTheta
 from omni_cli.scene.poses import EgoMotion
 from omni_cli.world.clip import Clip, SyntheticSpec, build_clip, clip_id, generator, rig_of
+from omni_cli.world.reasons import reasoning_events
 from omni_cli.world.rig import VEHICLES
 
 CAMERAS = layout.CAMERAS
@@ -44,10 +46,20 @@ class ClipFiles:
     extrinsics: Mapping[str, Mapping[str, float]]
 
 
-def render_clip(spec: SyntheticSpec, chunk: int, index: int) -> ClipFiles:
-    """Render one clip; deterministic, independent of every other clip."""
+def render_clip(spec: SyntheticSpec, chunk: int, index: int, video: bytes | None = None) -> ClipFiles:
+    """Render one clip; deterministic, independent of every other clip.
+
+    Args:
+        spec: of the data set.
+        chunk: the clip's chunk.
+        index: its place there.
+        video: what every camera is to show instead of the world; of the spec's size, rate and length.
+    """
     clip, name = build_clip(spec, chunk, index), clip_id(spec, chunk, index)
-    members = {camera: _camera_members(clip, name, camera, spec.fps) for camera in spec.cameras}
+    members = {
+        camera: _camera_members(clip, name, camera, _rendered(clip, camera, spec.fps) if video is None else video)
+        for camera in spec.cameras
+    }
     log = _parquet(_ego_table(clip.drive.log()))
     members["egomotion"] = ((layout.FEATURES["egomotion"].member(name, "egomotion"), log),)
     intrinsics = {camera: _intrinsics_row(calibration) for camera, calibration in clip.calibrations.items()}
@@ -81,7 +93,7 @@ def write_chunk(root: Path, spec: SyntheticSpec, chunk: int, clips: Sequence[Cli
 
 
 def write_indices(root: Path, spec: SyntheticSpec, chunks: Sequence[int]) -> list[Path]:
-    """Write features.csv, the clip index, the metadata tables and the origin of these chunks; return their paths."""
+    """Write features.csv, the clip index, metadata, reasons and the origin of these chunks; return their paths."""
     clips = [(chunk, index) for chunk in sorted(chunks) for index in range(spec.clips_per_chunk)]
     rows = {clip_id(spec, chunk, index): (chunk, index) for chunk, index in clips}
     made = {*spec.cameras, "egomotion", *_CALIBRATION_FEATURES}
@@ -91,6 +103,7 @@ def write_indices(root: Path, spec: SyntheticSpec, chunks: Sequence[int]) -> lis
         layout.CLIP_INDEX_FILE: _parquet(_clip_table({name: _index_row(spec, *row) for name, row in rows.items()})),
         layout.PRESENCE_FILE: _parquet(_clip_table(dict.fromkeys(rows, presence))),
         layout.COLLECTION_FILE: _parquet(_clip_table({n: _collection_row(spec, *row) for n, row in rows.items()})),
+        layout.REASONING_FILE: _parquet(_clip_table({n: _reasoning_row(spec, *row) for n, row in rows.items()})),
         layout.REVISION_FILE: files.canonical_json(
             {"repository": _ORIGIN, "revision": files.hash_json(asdict(spec)), "licence": _LICENCE}
         ).encode(),
@@ -98,14 +111,18 @@ def write_indices(root: Path, spec: SyntheticSpec, chunks: Sequence[int]) -> lis
     return [_commit(root / path, content) for path, content in contents.items()]
 
 
-def _camera_members(clip: Clip, name: str, camera: str, fps: int) -> tuple[tuple[str, bytes], ...]:
-    feature, times = layout.FEATURES[camera], clip.timestamp_us[camera]
+def _rendered(clip: Clip, camera: str, fps: int) -> bytes:
     video = io.BytesIO()
     encode_h264(video, clip.frames(camera), rate_hz=Fraction(fps), gop=fps)
+    return video.getvalue()
+
+
+def _camera_members(clip: Clip, name: str, camera: str, video: bytes) -> tuple[tuple[str, bytes], ...]:
+    feature, times = layout.FEATURES[camera], clip.timestamp_us[camera]
     timestamps = pd.DataFrame({"timestamp": times}, index=pd.RangeIndex(len(times), name="frame_index"))
     boxes = pd.DataFrame({column: np.zeros(0, np.int64) for column in ("frame_index", "x1", "y1", "x2", "y2")})
     return (
-        (feature.member(name, "video"), video.getvalue()),
+        (feature.member(name, "video"), video),
         (feature.member(name, "frame_timestamps"), _parquet(timestamps)),
         (feature.member(name, "blurred_boxes"), _parquet(boxes)),
     )
@@ -148,6 +165,16 @@ def _collection_row(spec: SyntheticSpec, chunk: int, index: int) -> dict[str, An
         "hour_of_day": hour,
         "platform_class": platform,
         "radar_config": None,
+    }
+
+
+def _reasoning_row(spec: SyntheticSpec, chunk: int, index: int) -> dict[str, Any]:
+    events = reasoning_events(spec, chunk, index)
+    return {
+        "feature": "camera_front_wide_120fov",
+        "event_cluster": "SYNTHETIC_ROAD",
+        "events": None if events is None else json.dumps(events),
+        "split": _index_row(spec, chunk, index)["split"],
     }
 
 

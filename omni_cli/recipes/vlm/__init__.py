@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from typing import Any, ClassVar, Literal, Self
 
 import pyarrow as pa
@@ -33,23 +33,23 @@ from omni_cli.recipe import (
     Stroke,
     TrainerKind,
 )
-from omni_cli.recipes.vlm import answers
-from omni_cli.recipes.vlm.asking import RowMaker, questions
+from omni_cli.recipes.vlm.answers import CONSTANT, Answers
+from omni_cli.recipes.vlm.asking import questions
 from omni_cli.recipes.vlm.exporting import PROBE_SEED, noise, tower_program
+from omni_cli.recipes.vlm.labels import LABELS
 from omni_cli.recipes.vlm.rows import SIDECAR, encode_row, kept_tokenizer, make_tokenizer, prompt_only
-from omni_cli.recipes.vlm.sampling import tiled_preprocess
+from omni_cli.recipes.vlm.sampling import camera_names, tiled_preprocess
 from omni_cli.recipes.vlm.settings import VlmSample, VlmTrain, VlmTune
 from omni_cli.samples import prompts
+from omni_cli.samples.answer_formats import FORMATS
 from omni_cli.samples.dataset import WindowDataset
-from omni_cli.samples.tables import EGO_MOTION_COLUMNS
 from omni_cli.samples.tiling import TiledPreprocess
-from omni_cli.samples.windows import TableMaker, ego_motion_tables
+from omni_cli.samples.windows import TableMaker
 from omni_cli.scene.clock import Float64Array, Int64Array
 from omni_cli.scene.recording import Recording
 
 _PROBE_SPEEDS_MPS = (3.0, 21.5)
 _GREY = 128
-_MAX_ANSWER_TOKENS = 96
 _SIDECAR_FORMAT = 1
 
 
@@ -75,12 +75,13 @@ class Vlm(Settings):
         return tiled_preprocess(self.model, self.sample)
 
     def target_columns(self) -> tuple[pa.Field, ...]:
-        """Return the columns of the ego motion over each window."""
-        return EGO_MOTION_COLUMNS
+        """Return the columns that the labels need."""
+        return LABELS[self.sample.labels].columns
 
     def table_maker(self) -> TableMaker:
-        """Return what cuts a recording into windows with their ego motion."""
-        return partial(ego_motion_tables, stride=self.sample.stride, max_age_us=self.sample.max_age_us)
+        """Return what cuts a recording into windows with their targets."""
+        make_tables = LABELS[self.sample.labels].make_tables
+        return partial(make_tables, stride=self.sample.stride, max_age_us=self.sample.max_age_us)
 
     def notes(self) -> tuple[str, ...]:
         """There is nothing to be told."""
@@ -187,9 +188,9 @@ class Vlm(Settings):
             return BuiltModel(self.load_base(preprocess, source=str(folder)).eval(), tokenizer)
         return BuiltModel(adapters.load(self.load_base(preprocess), folder, self._adapter()).eval(), tokenizer)
 
-    def medians(self, rows: Sequence[Row]) -> dict[str, float]:
-        """Return the median of each quantity that an answer states."""
-        return {name: median(row[name] for row in rows) for name in self._columns}
+    def medians(self, rows: Sequence[Row]) -> dict[str, float | tuple[float, ...]]:
+        """Return the median of each number that an answer states."""
+        return self._answers.medians(rows)
 
     def base_fingerprint(self) -> str:
         """Return a hash of a local base's weights, a hub model's name, or a tiny model's seed."""
@@ -201,27 +202,27 @@ class Vlm(Settings):
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
-        """Absolute errors of what an answer states."""
-        return answers.metrics(self._columns)
+        """Errors of what an answer states."""
+        return self._answers.metrics
 
     @property
     def reference(self) -> str:
-        """The train set's median of each quantity."""
-        return answers.CONSTANT
+        """The train set's median of each number."""
+        return CONSTANT
 
     def errors(
-        self, predictions: Sequence[Prediction], rows: Sequence[Row], medians: Mapping[str, float]
+        self, predictions: Sequence[Prediction], rows: Sequence[Row], medians: Mapping[str, Any]
     ) -> dict[str, Float64Array]:
-        """Return the absolute errors; an answer that could not be read counts as the median."""
-        return answers.errors(self._columns, predictions, rows, medians)
+        """Return the errors; an answer that could not be read counts as the median."""
+        return self._answers.errors(predictions, rows, medians)
 
-    def baselines(self, rows: Sequence[Row], medians: Mapping[str, float]) -> dict[str, list[Prediction]]:
-        """Return the median, and where the speed at the start is told also constant velocity."""
-        return answers.baselines(self._columns, rows, medians, past_speed=self.sample.past_speed)
+    def baselines(self, rows: Sequence[Row], medians: Mapping[str, Any]) -> dict[str, list[Prediction]]:
+        """Return the median, and the car that goes on as it did."""
+        return self._answers.baselines(rows, medians, past_speed=self.sample.past_speed)
 
     def pairs(self, predictions: Sequence[Prediction], rows: Sequence[Row]) -> tuple[Pair, ...]:
-        """Return each quantity as predicted and as it was."""
-        return answers.pairs(self._columns, predictions, rows)
+        """Return numbers as predicted and as they were."""
+        return self._answers.pairs(predictions, rows)
 
     def predict(self, built: BuiltModel, rows: Sequence[Row], preprocess: TiledPreprocess) -> list[Prediction]:
         """Answer each window greedily from its pictures and prompt."""
@@ -237,9 +238,8 @@ class Vlm(Settings):
         pictures = torch.stack([row["pictures"] for row in rows]).to(device)
         with torch.no_grad():
             features = self._features(built.model, pictures, preprocess)
-        texts = qwen_vl.generate_text(
-            built.model, built.tokenizer, batch, features, max_new_tokens=_MAX_ANSWER_TOKENS, end=prompts.ANSWER_END
-        )
+        most, end = FORMATS[preprocess.labels].max_tokens, prompts.ANSWER_END
+        texts = qwen_vl.generate_text(built.model, built.tokenizer, batch, features, max_new_tokens=most, end=end)
         return [Prediction(text, prompts.parse_answer(preprocess.labels, text)) for text in texts]
 
     def prompt_row(self, pictures: Tensor, preprocess: TiledPreprocess, tokenizer: Any, start_speed_mps: float) -> Row:
@@ -251,7 +251,7 @@ class Vlm(Settings):
             tokenizer: of the model.
             start_speed_mps: forward speed at the first instant; told only where `preprocess.past_speed` says so.
         """
-        targets = {"start_speed_mps": start_speed_mps, "mean_speed_mps": 0.0, "displacement_m": 0.0}
+        targets = {**FORMATS[preprocess.labels].zero, "start_speed_mps": start_speed_mps}
         encoded = encode_row(targets, preprocess, tokenizer, self._time_step(preprocess))
         length = len(encoded["input_ids"])
         return {
@@ -269,26 +269,27 @@ class Vlm(Settings):
         Raises:
             DataError: a camera is missing, no window is left, or the speed that the prompt tells is not known.
         """
-        return questions(recording, preprocess, stride, self.sample.max_age_us, self._row_maker(built, preprocess))
-
-    def _row_maker(self, built: BuiltModel, preprocess: TiledPreprocess) -> RowMaker:
-        return lambda pictures, speed_mps: self.prompt_row(pictures, preprocess, built.tokenizer, speed_mps)
+        make_row = partial(self.prompt_row, preprocess=preprocess, tokenizer=built.tokenizer)
+        chosen = recording, preprocess, stride, self.sample.max_age_us
+        return questions(*chosen, make_row=make_row, tell_truth=self._answers.truth)
 
     def caption(self, values: Mapping[str, Any] | None, at: int = -1) -> str:
-        """Return `speed 5.23 m/s, displacement 42.15 m`."""
-        return answers.caption(self._columns, values)
+        """Return an answer in one line."""
+        return self._answers.caption(values)
 
     def plain(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the quantities."""
-        return dict(values)
+        """Return an answer as JSON knows it."""
+        return self._answers.plain(values)
 
     def speaks_for(self, instants_us: Int64Array, spoken_us: Set[int]) -> Sequence[int]:
-        """Every instant: where windows overlap, the one that began last speaks."""
-        return range(len(instants_us))
+        """Every instant, or the last one where a path begins there; where windows overlap, the latest speaks."""
+        return self._answers.spoken_at(len(instants_us))
 
-    def strokes(self, recording: Recording, values: Mapping[str, Any], at: int, at_us: int) -> tuple[Stroke, ...]:
-        """Nothing: an answer is a text."""
-        return ()
+    def strokes(
+        self, recording: Recording, values: Mapping[str, Any], at: int, at_us: int, instant_us: int
+    ) -> tuple[Stroke, ...]:
+        """Return a path on the road, where an answer tells of one."""
+        return self._answers.strokes(recording, camera_names(self.sample.cameras)[0], values, (at_us, instant_us))
 
     def load_base_to_ask(self, preprocess: TiledPreprocess) -> tuple[BuiltModel, str]:
         """Return the base model as it is, and what that means for its answers."""
@@ -368,8 +369,8 @@ class Vlm(Settings):
     # -- inside
 
     @property
-    def _columns(self) -> tuple[str, ...]:
-        return prompts.ANSWERED[self.sample.labels]
+    def _answers(self) -> Answers:
+        return LABELS[self.sample.labels].answers
 
     def _encoder(self, preprocess: TiledPreprocess) -> Any:
         return kept_tokenizer(self.model, tuple(prompts.sample_sentences(preprocess)))

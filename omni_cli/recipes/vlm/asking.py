@@ -1,22 +1,31 @@
 """Windows of a recording that no shard holds, as rows to be asked about."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from omni_cli.errors import DataError
+from omni_cli.formats.video import Uint8Array
 from omni_cli.recipe import Asked, Questions, Row
-from omni_cli.samples import prompts, views
+from omni_cli.samples import views
 from omni_cli.samples.sync import PlannedWindow
 from omni_cli.samples.tiling import TiledPreprocess
 from omni_cli.scene.recording import Recording
 
-RowMaker = Callable[[Tensor, float], Row]  # pictures, speed at the first instant in m/s -> row
+# recording, windows, ego motion over each -> what is known of their answers
+TruthTeller = Callable[[Recording, Sequence[PlannedWindow], Sequence[Mapping[str, float]]], Sequence[Mapping[str, Any]]]
+RowMaker = Callable[..., Row]  # pictures, start_speed_mps: speed at the first instant
 
 
 def questions(
-    recording: Recording, preprocess: TiledPreprocess, stride: int, max_age_us: int, make_row: RowMaker
+    recording: Recording,
+    preprocess: TiledPreprocess,
+    stride: int,
+    max_age_us: int,
+    *,
+    make_row: RowMaker,
+    tell_truth: TruthTeller,
 ) -> Questions:
     """Return the windows of a recording or a mosaic; pictures are decoded while they are asked for.
 
@@ -30,18 +39,18 @@ def questions(
             "give the id of a recording under --data, or a model trained with sample.past_speed = false"
         )
     motion = views.known_motion(recording, plan.windows)
-    return Questions(len(plan.windows), _asked(recording, preprocess, plan.windows, motion, make_row), plan.dropped)
+    truth = tell_truth(recording, plan.windows, motion)
+    asked = _asked(views.window_canvases(recording, preprocess, plan.windows), plan.windows, motion, truth, make_row)
+    return Questions(len(plan.windows), asked, plan.dropped)
 
 
 def _asked(
-    recording: Recording,
-    preprocess: TiledPreprocess,
+    pictures: Iterator[Uint8Array],
     windows: Sequence[PlannedWindow],
     motion: Sequence[Mapping[str, float]],
+    truth: Sequence[Mapping[str, Any]],
     make_row: RowMaker,
 ) -> Iterator[Asked]:
-    columns = prompts.ANSWERED[preprocess.labels]
-    pictures = views.window_canvases(recording, preprocess, windows)
-    for window, canvases, known in zip(windows, pictures, motion, strict=True):
-        row = make_row(torch.from_numpy(canvases), known.get("start_speed_mps", 0.0))
-        yield Asked(window, row, {name: known[name] for name in columns if name in known})
+    for window, canvases, known, told in zip(windows, pictures, motion, truth, strict=True):
+        row = make_row(pictures=torch.from_numpy(canvases), start_speed_mps=known.get("start_speed_mps", 0.0))
+        yield Asked(window, row, told)

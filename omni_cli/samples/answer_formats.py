@@ -1,0 +1,112 @@
+"""What a model answers, by what the labels tell: a fixed text that is rendered from targets and read back.
+
+Of 64 waypoints 13 are spoken, every half second and the last: a spline through them finds the others again to
+centimetres, as a car is inert. They are written in metres with one decimal, x ahead and y left, with no word between:
+Qwen's tokenizers give each digit a token, so that 64 in full would cost some 600 tokens, these cost about 120. A fixed
+number of waypoints at fixed times is what a parser can check, and half seconds are what 2 Hz benchmarks score.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.interpolate import CubicSpline
+
+from omni_cli.samples.tiling import Labels
+from omni_cli.scene.clock import Float64Array
+
+GRID_S = np.arange(1, 65) * 0.1  # of the waypoints that are stored
+SPOKEN = (*range(4, 60, 5), 63)  # which of them are said: 0.5, 1 ... 6 and 6.4 s
+_SPOKEN_S = GRID_S[list(SPOKEN)]
+_NUMBER = r"(-?\d{1,6}(?:\.\d{1,6})?)"
+_EGO_MOTION = re.compile(rf"Avg Velocity: {_NUMBER}m/s\. Total displacement: {_NUMBER}m\.")
+_SPEED = re.compile(rf"Speed {_NUMBER} m/s\.")
+_PATH = rf"Waypoints:((?: -?\d{{1,3}}\.\d,-?\d{{1,3}}\.\d){{{len(SPOKEN)}}})(?![\d.,-])(?! -?\d)"
+_WAYPOINTS = re.compile(_PATH)
+_REASONING = re.compile(rf"<think>\n([^\n]+)\n</think>\n{_PATH}")
+_EXAMPLE = "Slow down to 00 m/s because the road bends to the left ahead."
+
+
+@dataclass(frozen=True)
+class AnswerFormat:
+    """How one kind of labels is asked for, answered and read back."""
+
+    question: str
+    render: Callable[[Mapping[str, Any]], str]  # targets of a window -> answer
+    parse: Callable[[str], dict[str, Any] | None]  # and back; None where it is not in the format
+    max_tokens: int  # of an answer, at most; it may end before
+    zero: Mapping[str, Any]  # targets of a window in which nothing happens
+
+
+def spoken_path(xy_m: Float64Array) -> Float64Array:
+    """Return the whole path (64, 2) of its spoken waypoints (13, 2): a cubic spline from the rig through them."""
+    knots_s, knots_m = np.append(0.0, _SPOKEN_S), np.vstack([np.zeros((1, 2)), xy_m])
+    return np.asarray(CubicSpline(knots_s, knots_m)(GRID_S))
+
+
+def plain_number(value: float, digits: int) -> str:
+    """Format without a negative zero."""
+    text = f"{value:.{digits}f}"
+    return text.removeprefix("-") if float(text) == 0 else text
+
+
+def _render_ego_motion(targets: Mapping[str, Any]) -> str:
+    speed, displacement = float(targets["mean_speed_mps"]), float(targets["displacement_m"])
+    said = f"Avg Velocity: {plain_number(speed, 2)}m/s. Total displacement: {plain_number(displacement, 2)}m."
+    return f"<think>\n{said}\n</think>\nAction: Displacement of {plain_number(displacement, 1)} meters."
+
+
+def _parse_ego_motion(text: str) -> dict[str, Any] | None:
+    match = _EGO_MOTION.search(text)
+    return {"mean_speed_mps": float(match[1]), "displacement_m": float(match[2])} if match else None
+
+
+def _render_speed(targets: Mapping[str, Any]) -> str:
+    # Fixed width: the first digit says the most.
+    return f"Speed {plain_number(float(targets['mean_speed_mps']), 0).zfill(3)} m/s."
+
+
+def _parse_speed(text: str) -> dict[str, Any] | None:
+    match = _SPEED.search(text)
+    return {"mean_speed_mps": float(match[1])} if match else None
+
+
+def _render_waypoints(targets: Mapping[str, Any]) -> str:
+    xyz_m = np.asarray(targets["future_xyz_m"], dtype=np.float64).reshape(-1, 3)[list(SPOKEN)]
+    return "Waypoints: " + " ".join(f"{plain_number(x, 1)},{plain_number(y, 1)}" for x, y, _ in xyz_m.tolist())
+
+
+def _parse_waypoints(text: str) -> dict[str, Any] | None:
+    match = _WAYPOINTS.search(text)
+    return {"xy_m": _path_of(match[1])} if match else None
+
+
+def _render_reasoning(targets: Mapping[str, Any]) -> str:
+    return f"<think>\n{targets['reasoning']}\n</think>\n{_render_waypoints(targets)}"
+
+
+def _parse_reasoning(text: str) -> dict[str, Any] | None:
+    match = _REASONING.search(text)
+    return {"reasoning": match[1], "xy_m": _path_of(match[2])} if match else None
+
+
+def _path_of(said: str) -> Float64Array:
+    return spoken_path(np.array([pair.split(",") for pair in said.split()], dtype=np.float64))
+
+
+_STILL = {"mean_speed_mps": 0.0, "displacement_m": 0.0}
+_PARKED = {"future_xyz_m": np.zeros(3 * len(GRID_S)), "reasoning": _EXAMPLE}
+_WHERE = "Where is it 0.5, 1.0 ... 6.0 and 6.4 s after the last frame, in metres ahead and to the left?"
+_WHY = "What does its driver do next, and why? "
+FORMATS: Mapping[Labels, AnswerFormat] = {
+    "ego-motion": AnswerFormat("How does the car move?", _render_ego_motion, _parse_ego_motion, 96, _STILL),
+    "speed": AnswerFormat("How does the car move?", _render_speed, _parse_speed, 96, _STILL),
+    "waypoints": AnswerFormat(
+        f"How will the car move? {_WHERE}", _render_waypoints, _parse_waypoints, 256, _PARKED
+    ),
+    "reasoning": AnswerFormat(
+        f"How will the car move? {_WHY}{_WHERE}", _render_reasoning, _parse_reasoning, 768, _PARKED
+    ),
+}  # fmt: skip
