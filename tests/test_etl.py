@@ -20,6 +20,7 @@ from omni_cli.stages.etl import EtlRequest, ensure_sidecar, etl
 from omni_cli.stages.etl.estimate import check_space
 from omni_cli.stages.locate import newest_shards, raw_folder
 from tests.support import openpilot as made
+from tests.support.injection import needs_strace
 from tests.support.plain_recipe import SAMPLE, Plain
 
 QUIET = Console(quiet=True)
@@ -132,23 +133,43 @@ def test_only_what_is_damaged_is_made_again(reference, data, tmp_path, damage):
     assert tree(out) == reference[2]
 
 
-def storm(data, out, kills, workers, seed):
-    arguments = [str(data), str(out), str(kills), str(workers), str(seed)]
-    command = [sys.executable, "-m", "tests.support.etl_storm", *arguments]
+def storm(mode, data, out, *numbers):
+    command = [sys.executable, "-m", "tests.support.etl_storm", mode, str(data), str(out), *map(str, numbers)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"{kills} kills"), done.stdout
-    return [tree(folder) for folder in out.iterdir()]
+    return done.stdout, [tree(folder) for folder in out.iterdir()]
 
 
+@pytest.mark.fault("F1")
 def test_killed_and_run_again_it_ends_with_the_same_bytes(reference, data, tmp_path):
-    assert all(files == reference[2] for files in storm(data, tmp_path / "out", 3, 0, seed=1))
+    said, trees = storm("kills", data, tmp_path / "out", 3, 0, 1)
+    assert said.startswith("3 kills")
+    assert all(files == reference[2] for files in trees)
 
 
 @pytest.mark.storm
-@pytest.mark.parametrize(("kills", "workers"), [(20, 0), (20, 2)])
+@pytest.mark.fault("F1")
+@pytest.mark.parametrize(("kills", "workers"), [(20, 0), (5, 2)])
 def test_twenty_kills(reference, data, tmp_path, kills, workers):
-    assert all(files == reference[2] for files in storm(data, tmp_path / "out", kills, workers, seed=2))
+    said, trees = storm("kills", data, tmp_path / "out", kills, workers, 2)
+    assert said.startswith(f"{kills} kills")
+    assert all(files == reference[2] for files in trees)
+
+
+@needs_strace
+@pytest.mark.storm
+@pytest.mark.fault("F1", "F3", "F4")
+def test_faults_at_forty_system_calls_of_the_whole_stage(reference, data, tmp_path):
+    said, trees = storm("calls", data, tmp_path / "out", 40, 3)
+    killed, refused, _ = (int(part.split()[0]) for part in said.split(", "))
+    assert (killed >= 5, refused >= 5, len(trees) >= 10) == (True, True, True), said
+    assert all(files == reference[2] for files in trees)
+
+
+@pytest.mark.fault("F10")
+def test_two_at_once_on_one_folder_make_the_same_bytes(reference, data, tmp_path):
+    said, trees = storm("pairs", data, tmp_path / "out", 3, 0)
+    assert (said, trees) == ("3 rounds\n", [reference[2]] * 3)
 
 
 def test_another_setting_is_refused_in_the_same_folder_and_has_a_name_of_its_own(reference, data, tmp_path):
@@ -257,7 +278,9 @@ def test_a_camera_that_no_recording_can_have_is_refused_before_any_is_opened(dat
 
 def test_a_full_disk_is_refused_before_the_start(tmp_path):
     with pytest.raises(OmniError, match=r"about 1048576\.0 GiB are needed and .* are free"):
-        check_space(tmp_path / "a" / "b", 1 << 50)
+        check_space(tmp_path / "a" / "b", 1 << 50, 1)
+    with pytest.raises(OmniError, match=r"about 10000000000000000 files are needed and \d+ more can be; free some"):
+        check_space(tmp_path / "a" / "b", 1, 10**15)
 
 
 def test_the_sidecar_is_remade_only_where_it_is_damaged(reference, data, tmp_path):

@@ -1,5 +1,6 @@
 """Whatever happens to a worker costs one attempt of one item."""
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import psutil
 import pytest
 
 from omni_cli.stages.pool import run_pool
+from omni_cli.stages.worker import TAIL_BYTES, begin
 
 
 def misbehave(item):
@@ -31,7 +33,28 @@ def misbehave(item):
             raise ValueError("no good")
         case "grow":
             return len(bytearray(8 << 30))
+        case "segfault":
+            os.write(2, b"x" * 3 * TAIL_BYTES + b"the end\n")
+            ctypes.string_at(0)
+        case "garbage":
+            os.write(next(fd for fd in range(3, 64) if is_socket(fd)), b"\0\0\0\4\xff\xff\xff\xff")
+        case "close stderr":
+            os.close(2)
+            time.sleep(0.5)
+        case "begin":
+            begin("a short one", 0.5)
+            time.sleep(600)
+        case "take long":
+            begin("a long one", 60.0)
+            time.sleep(5)
     return kind
+
+
+def is_socket(descriptor):
+    try:
+        return Path(f"/proc/self/fd/{descriptor}").readlink().name.startswith("socket:")
+    except FileNotFoundError:
+        return False
 
 
 def outcomes(items, **settings):
@@ -39,6 +62,7 @@ def outcomes(items, **settings):
     return {outcome.item: outcome for outcome in run_pool(misbehave, items, **settings)}
 
 
+@pytest.mark.fault("F20")
 def test_every_item_has_one_outcome_and_only_the_bad_ones_are_errors():
     good = [(f"good {k}", "") for k in range(20)]
     bad = {
@@ -47,7 +71,11 @@ def test_every_item_has_one_outcome_and_only_the_bad_ones_are_errors():
         ("hang", ""): "took longer than 4 s",
         ("raise", ""): "ValueError: no good",
         ("grow", ""): "MemoryError: ",
+        ("segfault", ""): "worker died: killed by SIGSEGV",
+        ("garbage", ""): "worker sent what cannot be read: invalid load key, '\\xff'.",
+        ("begin", ""): "took longer than 0.5 s",
     }
+    good += [("take long", ""), ("close stderr", "")]
     found = outcomes([*good[:10], *bad, *good[10:]], memory_bytes=2 << 30)
     assert found.keys() == {*good, *bad}
     assert {item: found[item].error for item in bad} == bad
@@ -62,11 +90,37 @@ def test_a_passing_failure_costs_one_attempt(tmp_path):
     assert [found[item].attempts for item in items] == [2, 2, 2]
 
 
-@pytest.mark.parametrize("settings", [{"workers": 0}, {"workers": 4}])
-def test_one_item_or_no_workers_runs_here(tmp_path, settings):
+@pytest.mark.fault("F20")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_memory_of_attempts_is_told_what_failed_and_decides(workers):
+    told = []
+
+    def count(item, failure):
+        told.append((item, failure))
+        return 7  # of ours, and of those before us
+
+    (outcome,) = run_pool(misbehave, [("raise", "")], workers=workers, attempts=8 - 1, count=count)
+    assert (outcome.attempts, outcome.error) == (7, "ValueError: no good")
+    ((item, failure),) = told
+    assert item == ("raise", "")
+    assert failure.trace.endswith('raise ValueError("no good")\nValueError: no good\n')
+
+
+@pytest.mark.fault("F20")
+def test_the_last_that_a_dead_worker_said_is_kept():
+    told = []
+    failing = [("segfault", ""), ("begin", "")]
+    list(run_pool(misbehave, failing, workers=1, count=lambda _, failure: told.append(failure) or 9))
+    crash, late = told
+    assert len(crash.trace) == TAIL_BYTES
+    assert "the end\nFatal Python error: Segmentation fault" in crash.trace
+    assert "in misbehave" in crash.trace
+    assert (crash.begun, late.begun) == ("", "a short one")
+
+
+def test_no_workers_run_here(tmp_path):
     items = [("raise", str(tmp_path / "once"))]
-    assert outcomes(items, **settings)[items[0]].result == "raise later"
-    assert outcomes([("raise", "")], **settings)[("raise", "")].error == "ValueError: no good"
+    assert outcomes(items, workers=0)[items[0]].result == "raise later"
     assert [outcome.result for outcome in run_pool(os.path.basename, ["a/b", "c"], workers=0)] == ["b", "c"]
 
 
@@ -86,6 +140,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.fault("F2", "F21")
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
 def test_no_worker_outlives_its_supervisor(tmp_path, sent, code):
     script = tmp_path / "supervisor.py"

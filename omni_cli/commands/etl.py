@@ -1,7 +1,7 @@
 """`omni etl`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -21,6 +21,18 @@ from omni_cli.commands._options import (
 
 EXAMPLE = "omni etl --profile cpu-tiny"
 
+EngineName = Annotated[
+    Literal["local", "ray"],
+    typer.Option("--engine", help="Where: this machine, or a Ray cluster (RAY_ADDRESS names it)."),
+]
+Workers = Annotated[int | None, typer.Option(min=0, help="Processes; 0 uses this one. [default: one a core]")]
+WorkerGb = Annotated[
+    float | None, typer.Option(min=1.0, help="GiB of memory each may use. [default: a share of its machine]")
+]
+RetryCrashed = Annotated[
+    bool, typer.Option("--retry-crashed", help="Try those again that crashed or hung at every attempt.")
+]
+
 
 def command(
     *,
@@ -37,7 +49,8 @@ def command(
     rate_hz: Annotated[float | None, typer.Option(help="Frames a second.")] = None,
     canvas: Annotated[int | None, typer.Option(metavar="PX", help="Width of the tiled canvas.")] = None,
     labels: Annotated[
-        str | None, typer.Option(metavar="NAME", help="What the answers tell: ego-motion or speed.")
+        str | None,
+        typer.Option(metavar="NAME", help="What answers tell: ego-motion, speed, waypoints, or reasoning with them."),
     ] = None,
     teacher: Annotated[
         str | None,
@@ -46,12 +59,13 @@ def command(
     split: Annotated[
         str | None, typer.Option(metavar="hash|time|FILE", help="How windows to train on and to measure on are parted.")
     ] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes; 0 uses this one. [default: one a core]")
-    ] = None,
+    engine: EngineName = "local",
+    workers: Workers = None,
+    worker_gb: WorkerGb = None,
     shard: Annotated[
         str | None, typer.Option(metavar="I/N", help="Do share I of N of the work, for jobs side by side.")
     ] = None,
+    retry_crashed: RetryCrashed = False,
     data: Data = DATA,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="[default: a folder of --data/shards]")] = None,
     dry_run: DryRun = False,
@@ -60,12 +74,11 @@ def command(
 ) -> None:
     """Turn recordings into shards of windows with true timestamps.
 
-    Killed and run again, it finishes what is missing, with the same bytes.
+    Killed and run again, it finishes what is missing, with the same bytes. Exits with 75 when SIGTERM stopped it.
     """
     from omni_cli.commands._compose import choose_profile, compose_recipe
     from omni_cli.report import Console
     from omni_cli.stages.etl import EtlRequest, etl
-    from omni_cli.telemetry import usable_cores
 
     console = Console(quiet=quiet, json_output=json)
     rule, split_file = parse_split(split)
@@ -74,7 +87,7 @@ def command(
     chosen = choose_profile(profile, console, dry_run=dry_run)
     settings = compose_recipe(recipe, chosen, config=config, sets=sets, flags=flags).value
     request = EtlRequest(
-        data, source, out, workers=usable_cores() if workers is None else workers, shard=parse_share(shard),
-        split_file=split_file, dry_run=dry_run, profile=chosen.name,
+        data, source, out, workers=workers, worker_gb=worker_gb, engine=engine, shard=parse_share(shard),
+        split_file=split_file, dry_run=dry_run, profile=chosen.name, retry_crashed=retry_crashed,
     )  # fmt: skip
     console.finish(etl(settings, request, console))

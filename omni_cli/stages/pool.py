@@ -1,28 +1,32 @@
 """A supervised pool of processes: whatever happens to a worker costs one attempt of one item.
 
 Each worker holds one item at a time, so that a crash, a hang or an allocation beyond the limit is known to be that
-item's. Workers come from a forkserver that has imported nothing heavy, ignore Ctrl-C (the supervisor decides), and end
-themselves when the supervisor is gone.
+item's. A worker that failed is replaced: what it leaked goes with it.
 """
 
-import multiprocessing
-import os
-import pickle
-import resource
 import signal
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
+
+from omni_cli.stages.worker import TAIL_BYTES, Answer, Begun, Worker, attempt_here, spawn
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 _POLL_S = 0.2
-_LOST_SUPERVISOR = 1
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One attempt that ended without a result."""
+
+    error: str  # one line
+    trace: str  # the last 4 KB of the worker's stderr, or where the exception was raised
+    begun: str  # what the item's function said to `begin`, or nothing
 
 
 @dataclass(frozen=True)
@@ -35,10 +39,7 @@ class Outcome(Generic[Item, Result]):
     attempts: int
 
 
-@dataclass
-class _Worker:
-    connection: Connection
-    process: BaseProcess
+CountAttempt = Callable[[Item, Failure], int]
 
 
 @dataclass
@@ -49,9 +50,11 @@ class _Task(Generic[Item]):
 
 @dataclass
 class _Running(Generic[Item]):
-    worker: _Worker
+    worker: Worker
     task: _Task[Item]
+    allow_s: float
     deadline: float
+    begun: str = ""
 
 
 def run_pool(
@@ -62,161 +65,144 @@ def run_pool(
     attempts: int = 2,
     timeout_s: float = 600.0,
     memory_bytes: int | None = None,
+    count: CountAttempt[Item] | None = None,
 ) -> Iterator[Outcome[Item, Result]]:
     """Apply a function to every item and yield an outcome for each, in the order of completion.
 
     Args:
         function: picklable; its exceptions are errors of the item, not of the pool.
         items: picklable.
-        workers: processes; 0 runs everything in this process, and so does a single item.
+        workers: processes; 0 runs everything in this process, without limits.
         attempts: how often an item is tried before its outcome is an error.
-        timeout_s: a worker that takes longer for one item is killed.
+        timeout_s: a worker that takes longer for one item is killed, unless the function asked `begin` for more.
         memory_bytes: limit of a worker's private memory (RLIMIT_DATA); None sets no limit.
+        count: called for each failed attempt, returns how many an item has failed: a memory that outlives this
+            process. None counts here.
     """
-    todo = deque(_Task(item) for item in items)
-    if workers == 0 or len(items) <= 1:
-        yield from _inline(function, todo, attempts)
-    else:
-        yield from _Pool(function, workers, attempts, timeout_s, memory_bytes).run(todo)
-
-
-def _inline(
-    function: Callable[[Item], Result], todo: deque[_Task[Item]], attempts: int
-) -> Iterator[Outcome[Item, Result]]:
-    for task in todo:
-        is_result, value = _attempt(function, task.item)
-        task.attempts = 1
-        while not is_result and task.attempts < attempts:
-            is_result, value = _attempt(function, task.item)
-            task.attempts += 1
-        yield Outcome(task.item, value if is_result else None, None if is_result else value, task.attempts)
+    with Pool(function, workers, attempts, timeout_s, memory_bytes, count) as pool:
+        yield from pool.run(items)
 
 
 @dataclass
-class _Pool(Generic[Item, Result]):
+class Pool(Generic[Item, Result]):
+    """Workers that stay for the next items; arguments as for `run_pool`. To be used in a `with` block."""
+
     function: Callable[[Item], Result]
     workers: int
     attempts: int
     timeout_s: float
-    memory_bytes: int | None
-    idle: list[_Worker] = field(default_factory=list)
-    running: dict[Connection, _Running[Item]] = field(default_factory=dict)
+    memory_bytes: int | None = None
+    count: CountAttempt[Item] | None = None
+    _idle: list[Worker] = field(default_factory=list)
+    _running: dict[Connection, _Running[Item]] = field(default_factory=dict)
 
-    def run(self, todo: deque[_Task[Item]]) -> Iterator[Outcome[Item, Result]]:
-        try:
-            while todo or self.running:
-                while todo and len(self.running) < self.workers:
-                    self._start(todo.popleft())
-                for running, answer in [*self._answers(), *self._overdue()]:
-                    outcome = self._judge(running.task, answer)
-                    if outcome is None:
-                        todo.append(running.task)
-                    else:
-                        yield outcome
-        finally:
-            self._stop()
+    def __enter__(self) -> "Pool[Item, Result]":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def run(self, items: Iterable[Item]) -> Iterator[Outcome[Item, Result]]:
+        """Yield an outcome for every item."""
+        todo = deque(_Task(item) for item in items)
+        if self.workers == 0:
+            yield from self._run_here(todo)
+        while todo or self._running:
+            while todo and len(self._running) < self.workers:
+                self._start(todo.popleft())
+            for task, answer, failure in [*self._answers(), *self._overdue()]:
+                outcome = self._judge(task, answer, failure)
+                if outcome is None:
+                    todo.append(task)
+                else:
+                    yield outcome
+
+    def close(self) -> None:
+        """End all workers, those in the middle of an item too."""
+        with _undisturbed():
+            for running in self._running.values():
+                running.worker.process.kill()
+        for worker in [*self._idle, *(running.worker for running in self._running.values())]:
+            worker.close()
+        self._idle.clear()
+        self._running.clear()
+
+    def _run_here(self, todo: deque[_Task[Item]]) -> Iterator[Outcome[Item, Result]]:
+        while todo:
+            task = todo.popleft()
+            answer, begun = attempt_here(self.function, task.item)
+            failure = Failure(answer.error, answer.trace[-TAIL_BYTES:], begun) if answer.error is not None else None
+            outcome = self._judge(task, answer, failure)
+            if outcome is None:
+                todo.appendleft(task)
+            else:
+                yield outcome
 
     def _start(self, task: _Task[Item]) -> None:
-        worker = self.idle.pop() if self.idle else self._spawn()
+        worker = self._idle.pop() if self._idle else spawn(self.function, self.memory_bytes)
         try:
             worker.connection.send(task.item)
         except OSError:  # an idle worker died; its death is nobody's fault
-            worker.process.join()
-            worker = self._spawn()
+            worker.close()
+            worker = spawn(self.function, self.memory_bytes)
             worker.connection.send(task.item)
-        self.running[worker.connection] = _Running(worker, task, time.monotonic() + self.timeout_s)
+        deadline = time.monotonic() + self.timeout_s
+        self._running[worker.connection] = _Running(worker, task, self.timeout_s, deadline)
 
-    def _spawn(self) -> _Worker:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
-        ours, theirs = context.Pipe()
-        process = context.Process(
-            target=_work, args=(theirs, pickle.dumps(self.function), self.memory_bytes), daemon=True
-        )
-        process.start()
-        theirs.close()
-        return _Worker(ours, process)
-
-    def _answers(self) -> list[tuple[_Running[Item], tuple[bool, Any]]]:
+    def _answers(self) -> list[tuple[_Task[Item], Answer, Failure | None]]:
         """Collect what workers said; a worker that died said that it died."""
-        found = []
-        for connection in wait(list(self.running), timeout=_POLL_S):
-            assert isinstance(connection, Connection)
-            running = self.running.pop(connection)
-            try:
-                answer = connection.recv()
-                self.idle.append(running.worker)
-            except (EOFError, OSError):
-                running.worker.process.join()
-                answer = False, f"worker died: {_exit_text(running.worker.process.exitcode)}"
-            found.append((running, answer))
-        return found
+        talking = [running.worker.stderr for running in self._running.values() if running.worker.is_talking]
+        heard = wait([*self._running, *talking], timeout=_POLL_S)
+        for running in self._running.values():
+            running.worker.listen()
+        found = (self._hear(connection) for connection in list(self._running) if connection in heard)
+        return [ended for ended in found if ended is not None]
 
-    def _overdue(self) -> list[tuple[_Running[Item], tuple[bool, Any]]]:
-        now = time.monotonic()
-        late = [running for running in self.running.values() if now > running.deadline]
-        for running in late:
-            del self.running[running.worker.connection]
-            _kill(running.worker)
-        return [(running, (False, f"took longer than {self.timeout_s:g} s")) for running in late]
-
-    def _judge(self, task: _Task[Item], answer: tuple[bool, Any]) -> Outcome[Item, Result] | None:
-        """Return the outcome of an item, or None where it gets another attempt."""
-        is_result, value = answer
-        task.attempts += 1
-        if is_result:
-            return Outcome(task.item, value, None, task.attempts)
-        return None if task.attempts < self.attempts else Outcome(task.item, None, value, task.attempts)
-
-    def _stop(self) -> None:
-        for running in self.running.values():
-            _kill(running.worker)
-        for worker in self.idle:
-            worker.connection.close()
-        for worker in self.idle:
-            worker.process.join()
-
-
-def _kill(worker: _Worker) -> None:
-    worker.process.kill()
-    worker.process.join()
-    worker.connection.close()
-
-
-def _exit_text(code: int | None) -> str:
-    if code is not None and code < 0:
-        return f"killed by {signal.Signals(-code).name}"
-    return f"exit code {code}"
-
-
-def _work(connection: Connection, function: bytes, memory_bytes: int | None) -> None:
-    """Serve items until the supervisor closes the pipe.
-
-    The function comes pickled: what it imports may take seconds, and the watch over the supervisor begins before that.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_supervisor, daemon=True).start()
-    if memory_bytes is not None:
-        resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
-    serve = pickle.loads(function)
-    while True:
+    def _hear(self, connection: Connection) -> tuple[_Task[Item], Answer, Failure | None] | None:
+        running = self._running[connection]
         try:
-            item = connection.recv()
-        except EOFError:
-            return
-        connection.send(_attempt(serve, item))
+            said = connection.recv()
+        except (EOFError, OSError):
+            return self._lose(running, running.worker.death())
+        except Exception as error:  # whatever unpickling raises
+            return self._lose(running, f"worker sent what cannot be read: {error}")
+        if isinstance(said, Begun):
+            running.begun, running.allow_s = said.what, said.allow_s
+            running.deadline = time.monotonic() + said.allow_s
+            return None
+        if said.error is not None:
+            return self._lose(running, said.error, said.trace)
+        self._idle.append(self._running.pop(connection).worker)
+        return running.task, said, None
+
+    def _overdue(self) -> list[tuple[_Task[Item], Answer, Failure | None]]:
+        now = time.monotonic()
+        late = [running for running in self._running.values() if now > running.deadline]
+        return [self._lose(running, f"took longer than {running.allow_s:g} s") for running in late]
+
+    def _lose(self, running: _Running[Item], error: str, trace: str = "") -> tuple[_Task[Item], Answer, Failure]:
+        """Let a worker go whose attempt failed."""
+        worker = self._running.pop(running.worker.connection).worker
+        worker.kill()
+        said = f"{worker.tail()}{trace}"[-TAIL_BYTES:]
+        worker.close()
+        return running.task, Answer(error=error), Failure(error, said, running.begun)
+
+    def _judge(self, task: _Task[Item], answer: Answer, failure: Failure | None) -> Outcome[Item, Result] | None:
+        """Return the outcome of an item, or None where it gets another attempt."""
+        if failure is None:
+            return Outcome(task.item, answer.result, None, task.attempts + 1)
+        task.attempts = self.count(task.item, failure) if self.count else task.attempts + 1
+        if task.attempts < self.attempts:
+            return None
+        return Outcome(task.item, None, failure.error, task.attempts)
 
 
-def _attempt(function: Callable[[Any], Any], item: Any) -> tuple[bool, Any]:
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Hold back the signals that would end a clean-up half-way."""
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
-        return True, function(item)
-    except Exception as error:
-        return False, f"{type(error).__name__}: {error}"
-
-
-def _end_with_supervisor() -> None:
-    """End this process as soon as the supervisor is gone, even in the middle of an item."""
-    supervisor = multiprocessing.parent_process()
-    if supervisor is not None:
-        wait([supervisor.sentinel])
-        os._exit(_LOST_SUPERVISOR)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)

@@ -1,5 +1,6 @@
 """The manifest of a shard set, made from receipts alone."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from omni_cli.samples.shards import (
 )
 from omni_cli.samples.splits import check_no_leak
 from omni_cli.stages.etl.plan import Job, Plan, Unit
-from omni_cli.stages.etl.unit import refusal
+from omni_cli.stages.etl.refusals import refusal
 
 _SUMMARISED = ("revision", "licence", "grid_phase_us", "teacher_provider")
 
@@ -47,12 +48,13 @@ def finalize(job: Job, plan: Plan) -> Manifest:
     A manifest that is equal is left untouched.
 
     Raises:
-        DataError: a drive lies in train and in val.
+        DataError: a drive lies in train and in val, or no recording gave a window.
     """
     done = [unit for unit in plan.units if is_done(job, unit)]
     entries = tuple(sorted((_entry(job, unit) for unit in done), key=lambda entry: entry.id))
     check_no_leak([(entry.id, entry.group, entry.windows) for entry in entries], plan.split_rule)
     reasons = {unit.recording_id: refusal(job, unit) for unit in plan.units if unit not in set(done)}
+    _check_any_window(job, entries)
     skews = np.concatenate([_skews_us(windows_path(job.out, entry.id)) for entry in entries])
     manifest = Manifest(
         recipe=job.recipe_name,
@@ -70,6 +72,16 @@ def finalize(job: Job, plan: Plan) -> Manifest:
     if current_manifest(job.out) != manifest:
         write_manifest(job.out, manifest)
     return manifest
+
+
+def _check_any_window(job: Job, entries: Sequence[RecordingEntry]) -> None:
+    """Refuse a set in which nothing is wrong and nothing is there, such as texts of recordings that have none."""
+    if not any(sum(entry.windows.values()) for entry in entries):
+        dropped = sum((Counter(entry.dropped) for entry in entries), Counter[str]())
+        reasons = ", ".join(f"{count} because {reason}" for reason, count in sorted(dropped.items()))
+        raise DataError(
+            f"{job.raw}: no recording gives a window; dropped: {reasons}; choose other --labels or recordings"
+        )
 
 
 def current_manifest(folder: Path) -> Manifest | None:
@@ -102,7 +114,7 @@ def _entry(job: Job, unit: Unit) -> RecordingEntry:
         windows=receipt["windows"],
         num_frames=receipt["num_frames"],
         dropped=receipt["dropped"],
-        max_skew_us=int(_skews_us(path).max()),
+        max_skew_us=int(_skews_us(path).max(initial=0)),
         frames_file=listed_file(frames_path(job.out, unit.recording_id)),
         windows_file=listed_file(path),
     )

@@ -7,6 +7,7 @@ from omni_cli.files import hash_json
 from omni_cli.recipe import Sampled
 from omni_cli.samples.preprocess import Preprocess
 from omni_cli.sources import open_source
+from omni_cli.stages.etl.engines import Engine
 from omni_cli.stages.etl.plan import Job, Plan, make_job, make_plan
 from omni_cli.stages.locate import raw_folder
 
@@ -19,10 +20,13 @@ class EtlRequest:
     source: str | None = None
     out: Path | None = None  # the shard folder itself
     name: str | None = None  # or its name under DATA/shards
-    workers: int = 1  # processes; 0 runs in this one
+    workers: int | None = 1  # processes; 0 runs in this one, None: one a core
+    worker_gb: float | None = None  # limit of each one's private memory; None: an equal share of the machine
+    engine: Engine = "local"
     shard: tuple[int, int] | None = None  # share I of N of the units, 1-based
     split_file: Path | None = None
     max_refused: float = 0.2  # share of the recordings; more fails the run
+    retry_crashed: bool = False  # what crashed its worker at every attempt too
     dry_run: bool = False
     profile: str = ""  # named in the plan
 
@@ -34,6 +38,8 @@ def prepare(recipe: Sampled, preprocess: Preprocess, request: EtlRequest) -> tup
         UsageError: there is no raw data, or the split file is wrong.
         DataError: the raw data hold no recording.
     """
+    if request.engine == "ray":  # a worker may stand in another folder
+        request = replace(request, data=request.data.absolute(), out=request.out and request.out.absolute())
     source, raw = raw_folder(request.data, request.source)
     reader = open_source(source, raw)
     plan = make_plan(reader, raw, recipe.split, request.split_file)

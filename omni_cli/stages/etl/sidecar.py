@@ -3,7 +3,7 @@
 from functools import partial
 from typing import Any
 
-from omni_cli.files import commit, remove_leftovers, verified_receipt
+from omni_cli.files import commit_stream, remove_leftovers, verified_receipt
 from omni_cli.recipe import Tokenized
 from omni_cli.report import Console
 from omni_cli.samples.shards import WINDOW_ROWS_PER_BATCH, RecordingEntry, ShardSet, tokens_path, write_stream
@@ -40,4 +40,4 @@ def _write(shards: ShardSet, entry: RecordingEntry, key: str, recipe: Tokenized)
     table = recipe.encode_windows(shards.windows(entry.id), shards.manifest.preprocess)
     write = partial(write_stream, table, rows_per_batch=WINDOW_ROWS_PER_BATCH)
     path = tokens_path(shards.folder, entry.id, key)
-    commit(path, write, windows_sha256=entry.windows_file.sha256, rows=table.num_rows)
+    commit_stream(path, write, windows_sha256=entry.windows_file.sha256, rows=table.num_rows)

@@ -1,7 +1,7 @@
 """The stage itself: plan, run the units, publish the manifest, make the tokens."""
 
 from collections import Counter
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
 from omni_cli.config import differences
@@ -12,15 +12,18 @@ from omni_cli.samples.shards import Manifest, ShardSet
 from omni_cli.samples.splits import SPLITS
 from omni_cli.scene.clock import check_rate
 from omni_cli.stages.etl.dry_run import dry_run
-from omni_cli.stages.etl.estimate import check_space, estimate
+from omni_cli.stages.etl.engines import UnitOutcome, run_units
+from omni_cli.stages.etl.estimate import check_space, estimate, room_line, slow_line, too_few
 from omni_cli.stages.etl.finalize import current_manifest, finalize, is_done, missing_units
 from omni_cli.stages.etl.plan import Job, Plan, Unit
+from omni_cli.stages.etl.refusals import crash_reason, forgive, refusal, refuse
 from omni_cli.stages.etl.request import EtlRequest, prepare
 from omni_cli.stages.etl.sidecar import ensure_sidecar
-from omni_cli.stages.etl.unit import UnitResult, refusal, refuse, run_unit
-from omni_cli.stages.pool import Outcome, run_pool
+from omni_cli.stages.etl.unit import UnitResult
+from omni_cli.stages.licences import register_shards
+from omni_cli.stages.preemption import preemptible
 
-_UNIT_TIMEOUT_S = 1800.0
+_PREEMPTED = "stopped by SIGTERM; every finished recording is kept, run the same command again to go on"
 
 
 def etl(recipe: Any, request: EtlRequest, console: Console) -> dict[str, Any]:
@@ -38,7 +41,13 @@ def etl(recipe: Any, request: EtlRequest, console: Console) -> dict[str, Any]:
         UsageError: there is no raw data, the rate cannot be, or the folder holds shards of other settings.
         DataError: too many recordings are refused, or none is left.
         OmniError: the disk is too small, or failed.
+        Preempted: SIGTERM came; what is finished stays.
     """
+    with preemptible(_PREEMPTED):
+        return _etl(recipe, request, console)
+
+
+def _etl(recipe: Any, request: EtlRequest, console: Console) -> dict[str, Any]:
     sampled: Sampled = require(recipe, Sampled)  # type: ignore[type-abstract]  # a protocol names the capability
     check_rate(sampled.sample.rate_hz)
     if request.dry_run:
@@ -49,8 +58,10 @@ def etl(recipe: Any, request: EtlRequest, console: Console) -> dict[str, Any]:
     console.say(f"{job.source} in {job.raw}: {len(plan.units)} recordings -> {job.out}")
     _check_settings(job)
     units = plan.share(request.shard)
-    check_space(job.out, estimate(job, [unit for unit in units if not is_done(job, unit)]).stored_bytes)
-    counts = _run_units(job, units, request.workers, console)
+    left = [unit for unit in units if not is_done(job, unit)]
+    check_space(job.out, estimate(job, left).stored_bytes, len(left))
+    register_shards(request.data, job.source, job.raw, job.out)
+    counts = _run_units(job, units, request, console)
     _check_refused(job, units, request.max_refused)
     if waiting := missing_units(job, plan):
         console.say(f"{len(waiting)} recordings are left to the other shares; the last one to end writes the manifest")
@@ -75,26 +86,51 @@ def _check_settings(job: Job) -> None:
         )
 
 
-def _run_units(job: Job, units: tuple[Unit, ...], workers: int, console: Console) -> dict[str, int]:
-    counts = Counter[str]()
+def _run_units(job: Job, units: tuple[Unit, ...], request: EtlRequest, console: Console) -> dict[str, int]:
+    for unit in units if request.retry_crashed else ():
+        forgive(job, unit)
+    told = _Told(console)
+    outcomes = run_units(job, units, engine=request.engine, workers=request.workers, worker_gb=request.worker_gb)
     with console.progress("etl", len(units), "recordings") as step:
-        for outcome in run_pool(partial(run_unit, job), units, workers=workers, timeout_s=_UNIT_TIMEOUT_S):
+        for outcome in outcomes:
             result = _result(job, outcome)
             if result.status == "stopped":
-                raise OmniError(result.reason)
-            if result.status == "refused":
-                console.warn(f"refused {outcome.item.recording_id}: {result.reason}")
-            counts[result.status] += 1
-            counts["decoded_frames"] += result.frames
+                left = [unit for unit in units if not is_done(job, unit)]
+                raise OmniError(f"{result.reason} ({room_line(job, left)})")
+            told.hear(outcome.item, result)
             step.advance()
-    return {name: counts[name] for name in ("made", "kept", "decoded_frames")}
+    told.end(job.preprocess.rate_hz)
+    return {name: told.counts[name] for name in ("made", "kept", "decoded_frames")}
 
 
-def _result(job: Job, outcome: Outcome[Unit, UnitResult]) -> UnitResult:
+@dataclass
+class _Told:
+    """What the units said."""
+
+    console: Console
+    counts: Counter[str] = field(default_factory=Counter)
+    slow_hz: dict[str, float] = field(default_factory=dict)
+
+    def hear(self, unit: Unit, result: UnitResult) -> None:
+        if result.status == "refused":
+            self.console.warn(f"refused {unit.recording_id}: {result.reason}")
+        for warning in result.warnings:
+            self.console.warn(f"{unit.recording_id}: {warning}")
+        for camera, rate_hz in result.slow_hz.items():
+            self.slow_hz[camera] = min(rate_hz, self.slow_hz.get(camera, rate_hz))
+        self.counts[result.status] += 1
+        self.counts["decoded_frames"] += result.frames
+
+    def end(self, rate_hz: float) -> None:
+        if self.slow_hz:
+            self.console.warn(slow_line(self.slow_hz, rate_hz))
+
+
+def _result(job: Job, outcome: UnitOutcome) -> UnitResult:
     """Return a unit's result; a unit that crashed or hung at every attempt is refused."""
     if outcome.result is not None:
         return outcome.result
-    return refuse(job, outcome.item, f"{outcome.error} ({outcome.attempts} attempts)")
+    return UnitResult("refused", refuse(job, outcome.item, crash_reason(str(outcome.error))))
 
 
 def _check_refused(job: Job, units: tuple[Unit, ...], max_refused: float) -> None:
@@ -105,12 +141,6 @@ def _check_refused(job: Job, units: tuple[Unit, ...], max_refused: float) -> Non
             f"{len(refused)} of {len(units)} recordings were refused, more than the {max_refused:.0%} allowed; "
             f"the first is {first}; audit the data with: omni audit"
         )
-
-
-_TOO_FEW = {
-    "hash": "there are too few drives to split; fetch more, or use --split time",
-    "time": "the drives are too short for the window and for split.gap_s; lower one of them, or take longer drives",
-}
 
 
 def _say_result(manifest: Manifest, plan: Plan, console: Console) -> None:
@@ -125,7 +155,7 @@ def _say_result(manifest: Manifest, plan: Plan, console: Console) -> None:
         console.say(f"left out {plan.unassigned} recordings that the split file does not name")
     for split in SPLITS:
         if not manifest.count(split) and plan.split_rule != "file":  # a file says so on purpose
-            console.warn(f"no {split} window: {_TOO_FEW[plan.split_rule]}")
+            console.warn(too_few(split, plan.split_rule))
 
 
 def _facts(manifest: Manifest, plan: Plan) -> dict[str, Any]:

@@ -1,0 +1,119 @@
+"""Who runs the units: a supervised pool on this machine, or one such pool a core on the machines of a Ray cluster.
+
+A unit is made by the same code under every engine, and its bytes are a function of its inputs and the settings. So an
+engine only has to run each unit at least once; no picture travels through one.
+"""
+
+import importlib
+import importlib.util
+import os
+import secrets
+import signal
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal
+
+from omni_cli.errors import UsageError
+from omni_cli.stages.etl.identity import OPENING_S
+from omni_cli.stages.etl.memory import worker_bytes
+from omni_cli.stages.etl.plan import Job, Unit
+from omni_cli.stages.etl.refusals import ATTEMPTS, CountCrash
+from omni_cli.stages.etl.unit import UnitResult, run_unit
+from omni_cli.stages.pool import Failure, Outcome, Pool
+from omni_cli.telemetry import usable_cores
+
+Engine = Literal["local", "ray"]
+UnitOutcome = Outcome[Unit, UnitResult]
+_LOST = "the machine or process under it was lost"
+
+
+def run_units(
+    job: Job, units: Sequence[Unit], *, engine: Engine, workers: int | None, worker_gb: float | None
+) -> Iterator[UnitOutcome]:
+    """Run every unit; yield what became of each, in the order of completion.
+
+    Args:
+        job: with paths that every worker sees.
+        units: what to run.
+        engine: where.
+        workers: processes; 0 runs the units in this process. None: one for each core, or for each CPU of the cluster.
+        worker_gb: limit of a worker's private memory in GiB; None: an equal share of its machine.
+
+    Raises:
+        UsageError: Ray is asked for, and not installed.
+    """
+    if not units:
+        return
+    if engine == "ray":
+        yield from _run_on_ray(job, units, workers, worker_gb)
+    else:
+        count = usable_cores() if workers is None else workers
+        with _pool(job, min(count, len(units)), worker_bytes(count, worker_gb)) as pool:
+            yield from pool.run(units)
+
+
+def _pool(job: Job, workers: int, memory_bytes: int) -> Pool[Unit, UnitResult]:
+    return Pool(partial(run_unit, job), workers, ATTEMPTS, OPENING_S, memory_bytes, CountCrash(job))
+
+
+class UnitActor:
+    """One CPU of a Ray cluster: a supervisor with one worker, so that units crash, hang and grow as they do locally."""
+
+    def __init__(self, job: Job, worker_gb: float | None) -> None:
+        self._pool = _pool(job, 1, worker_bytes(usable_cores(), worker_gb))
+
+    def run(self, unit: Unit) -> UnitOutcome:
+        """Run one unit to its end."""
+        (outcome,) = self._pool.run([unit])
+        return outcome
+
+
+def _run_on_ray(job: Job, units: Sequence[Unit], workers: int | None, worker_gb: float | None) -> Iterator[UnitOutcome]:
+    """Keep one unit running on each actor. One that is lost costs an attempt of its unit, and is replaced."""
+    count, todo, lost = CountCrash(job), deque(units), Counter[Unit]()
+    with _cluster(workers) as ray:
+        shared, actor_class = ray.put(job), ray.remote(num_cpus=1)(UnitActor)
+        places = min(workers or int(ray.cluster_resources()["CPU"]), len(units))
+        actors = deque(actor_class.remote(shared, worker_gb) for _ in range(places))
+        running: dict[Any, tuple[Any, Unit]] = {}
+        while todo or running:
+            while todo and actors:
+                actor, unit = actors.popleft(), todo.popleft()
+                running[actor.run.remote(unit)] = actor, unit
+            (ended,), _ = ray.wait(list(running), num_returns=1)
+            actor, unit = running.pop(ended)
+            try:
+                outcome = ray.get(ended)
+                actors.append(actor)
+            except ray.exceptions.RayActorError:
+                actors.append(actor_class.remote(shared, worker_gb))
+                lost[unit] += 1
+                spent = max(count(unit, Failure(_LOST, "", "")), lost[unit])
+                if spent < ATTEMPTS:
+                    todo.append(unit)
+                    continue
+                outcome = Outcome(unit, None, _LOST, spent)
+            yield outcome
+
+
+@contextmanager
+def _cluster(workers: int | None) -> Iterator[Any]:
+    """Yield the module `ray`, connected to the cluster that RAY_ADDRESS names, or to one of our own on this machine."""
+    if importlib.util.find_spec("ray") is None:
+        raise UsageError("--engine ray needs ray; install it with: pip install 'omni-cli[ray]'")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address, options = os.environ.get("RAY_ADDRESS"), {"log_to_driver": False, "logging_level": "ERROR"}
+    if not address:
+        options |= {"num_cpus": workers or usable_cores(), "include_dashboard": False}
+        if "RAY_AUTH_MODE" not in os.environ:  # nobody else on this machine gets in
+            os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+    ray = importlib.import_module("ray")
+    heard = signal.getsignal(signal.SIGTERM)
+    ray.init(address or "local", **options)
+    signal.signal(signal.SIGTERM, heard)  # ray puts its own in its place
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
