@@ -58,6 +58,7 @@ class TrainSettings(Settings):
     save_steps: int = Field(50, ge=1)
     log_steps: int = Field(10, ge=1)  # checkpoints are logged too
     workers: int = Field(2, ge=0)
+    verify_shards: bool = False  # check the hash of a recording's files when a process first opens them
     seed: int = 0
     blind: bool = False  # a control: every picture is replaced by mid grey
 

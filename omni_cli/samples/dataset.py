@@ -2,20 +2,18 @@
 
 from bisect import bisect_right
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from omni_cli.formats.video import Uint8Array
 from omni_cli.samples.preprocess import Preprocess
-from omni_cli.samples.shards import FRAME_ROWS_PER_BATCH, RecordingEntry, ShardSet
+from omni_cli.samples.shards import RecordingEntry, ShardSet
+from omni_cli.samples.stored import StoredRecording
 
 ALL = "all"  # as a split: every window
-_OF_THE_PICTURES = ("frames", "timestamps_us")  # columns that say where pictures lie, for `pictures` alone
 _MAX_OPEN = 256  # recordings whose files stay mapped
 
 
@@ -25,16 +23,21 @@ class WindowDataset(Dataset[dict[str, Any]]):
     A row is a dict: `recording` (str), every scalar column of the windows as a Python value, every list of targets as
     a flat tensor, `pictures` uint8 in the window shape of the preprocessing, and with a sidecar `input_ids` and
     `labels` int64 (tokens,) and `position_ids` int64 (4, tokens). Files open on first use, in whichever process that
-    is; a pickled dataset opens its own.
+    is; a pickled dataset opens its own. Where `verify` is set, their hashes are checked then, once a process.
+
+    Raises:
+        DataError: a file of a recording is damaged, as far as that was looked for; when it is opened.
     """
 
-    def __init__(self, shards: ShardSet, split: str, sidecar_key: str | None = None) -> None:
+    def __init__(self, shards: ShardSet, split: str, sidecar_key: str | None = None, *, verify: bool = False) -> None:
         self.shards = shards
+        self.verify = verify
         self.split = split
         self.sidecar_key = sidecar_key
         self.entries = tuple(entry for entry in shards.manifest.recordings if _count(entry, split))
         self._ends = tuple(accumulate(_count(entry, split) for entry in self.entries))
-        self._open: dict[str, _OpenRecording] = {}
+        self._open: dict[str, StoredRecording] = {}
+        self._verified: set[str] = set()
 
     @property
     def preprocess(self) -> Preprocess:
@@ -48,7 +51,7 @@ class WindowDataset(Dataset[dict[str, Any]]):
         return {**self.row(index), "pictures": self.pictures(index)}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}
+        return {**self.__dict__, "_open": {}, "_verified": set()}
 
     def row(self, index: int) -> dict[str, Any]:
         """Return one row without its pictures."""
@@ -58,7 +61,12 @@ class WindowDataset(Dataset[dict[str, Any]]):
     def pictures(self, index: int) -> Tensor:
         """Return the pictures of one window, uint8 in its window shape."""
         recording, position = self._locate(index)
-        return torch.from_numpy(recording.pictures(position, self.preprocess))
+        return torch.from_numpy(recording.pictures(position))
+
+    def pieces(self, index: int) -> tuple[Path, list[slice]]:
+        """Return the file that holds the pictures of one window, and which of its bytes they are."""
+        recording, position = self._locate(index)
+        return recording.pieces(position)
 
     def recording_of(self, index: int) -> str:
         """Return the id of the recording that a window is from, without opening it."""
@@ -73,80 +81,24 @@ class WindowDataset(Dataset[dict[str, Any]]):
             raise IndexError(f"window {index} of {len(self)}")
         return bisect_right(self._ends, index)
 
-    def _locate(self, index: int) -> tuple["_OpenRecording", int]:
+    def _locate(self, index: int) -> tuple[StoredRecording, int]:
         number = self._entry_of(index)
         return self._recording(self.entries[number]), index - (self._ends[number - 1] if number else 0)
 
-    def _recording(self, entry: RecordingEntry) -> "_OpenRecording":
+    def _recording(self, entry: RecordingEntry) -> StoredRecording:
         recording = self._open.get(entry.id)
         if recording is None:
             if len(self._open) >= _MAX_OPEN:
                 self._open.pop(next(iter(self._open)))
-            recording = self._open[entry.id] = _OpenRecording(self.shards, entry, self.split, self.sidecar_key)
+            recording = self._open[entry.id] = self._opened(entry)
         return recording
 
-
-class _OpenRecording:
-    """The mapped files of one recording; `position` counts its windows of one split."""
-
-    def __init__(self, shards: ShardSet, entry: RecordingEntry, split: str, sidecar_key: str | None) -> None:
-        self._id = entry.id
-        self._windows = shards.windows(entry.id)
-        self._pictures = _Pictures(shards.frames(entry.id), shards.manifest.preprocess)
-        self._tokens = shards.tokens(entry.id, sidecar_key) if sidecar_key else None
-        self._rows = [row for row, name in enumerate(self._windows["split"].to_pylist()) if split in (name, ALL)]
-        columns = [field for field in self._windows.schema if field.name not in _OF_THE_PICTURES]
-        self._scalars = {one.name: self._windows[one.name] for one in columns if not pa.types.is_list(one.type)}
-        self._lists = {one.name: self._windows[one.name] for one in columns if pa.types.is_list(one.type)}
-
-    def row(self, position: int) -> dict[str, Any]:
-        row = self._rows[position]
-        values = {name: column[row].as_py() for name, column in self._scalars.items()}
-        lists = {name: torch.tensor(column[row].values.to_numpy()) for name, column in self._lists.items()}
-        return {"recording": self._id, **values, **lists, **self._token_row(row)}
-
-    def pictures(self, position: int, preprocess: Preprocess) -> Uint8Array:
-        frames = self._windows["frames"][self._rows[position]].as_py()
-        window = np.zeros(preprocess.window_shape, dtype=np.uint8)
-        views = len(preprocess.views)
-        for number, instant in enumerate(window):
-            rows = frames[number * views : (number + 1) * views]
-            preprocess.place(instant, [self._pictures[row] for row in rows])
-        return window
-
-    def token_lengths(self) -> list[int]:
-        assert self._tokens is not None
-        return [len(self._tokens["input_ids"][row]) for row in self._rows]
-
-    def _token_row(self, row: int) -> dict[str, Tensor]:
-        if self._tokens is None:
-            return {}
-        columns = {
-            name: torch.tensor(self._tokens[name][row].values.to_numpy(), dtype=torch.int64)
-            for name in ("input_ids", "labels", "position_ids")
-        }
-        return {**columns, "position_ids": columns["position_ids"].reshape(4, -1)}
+    def _opened(self, entry: RecordingEntry) -> StoredRecording:
+        split, verify = None if self.split == ALL else self.split, self.verify and entry.id not in self._verified
+        recording = StoredRecording(self.shards, entry, split, self.sidecar_key, verify=verify)
+        self._verified |= {entry.id} if verify else set()
+        return recording
 
 
 def _count(entry: RecordingEntry, split: str) -> int:
     return sum(entry.windows.values()) if split == ALL else entry.windows.get(split, 0)
-
-
-class _Pictures:
-    """The pictures of a mapped frames table, each a view of the file."""
-
-    def __init__(self, frames: pa.Table, preprocess: Preprocess) -> None:
-        columns = [frames[name].to_numpy().tolist() for name in ("width_px", "height_px")]
-        self._shapes = [preprocess.picture_shape(*size) for size in zip(*columns, strict=True)]
-        self._blocks = [_block(batch["pixels"]) for batch in frames.to_batches()]
-
-    def __getitem__(self, frame: int) -> Uint8Array:
-        number, row = divmod(frame, FRAME_ROWS_PER_BATCH)
-        data, offsets = self._blocks[number]
-        return data[offsets[row] : offsets[row + 1]].reshape(self._shapes[frame])
-
-
-def _block(pixels: pa.LargeBinaryArray) -> tuple[Uint8Array, list[int]]:
-    """Return the bytes of a batch without copying them, and where each picture begins and the last one ends."""
-    _, offsets, data = pixels.buffers()
-    return np.frombuffer(data, dtype=np.uint8), np.frombuffer(offsets, dtype=np.int64)[: len(pixels) + 1].tolist()

@@ -88,10 +88,9 @@ class ModelFramePreprocess(Settings):
         """Return the shape of a stored picture: six planes, each half as wide and high as the model frame."""
         return 6, height_px // 2, width_px // 2
 
-    def place(self, instant: Uint8Array, pictures: Sequence[Uint8Array]) -> None:
-        """Put the views of one instant (2, 6, 128, 256) together."""
-        for place, picture in zip(instant, pictures, strict=True):
-            place[:] = picture
+    def places(self, shapes: Sequence[tuple[int, ...]]) -> tuple[tuple[Any, ...], ...]:
+        """Return where the pictures (6, 128, 256) of the views lie in instants (..., 2, 6, 128, 256)."""
+        return tuple((..., view, slice(None), slice(None), slice(None)) for view in range(len(shapes)))
 
     def shown(self, instant: Uint8Array) -> Uint8Array:
         """Return a picture for people (height, width, 3) of one instant of a window: the views, one below the other."""

@@ -17,7 +17,7 @@ from omni_cli.config import Settings
 from omni_cli.formats.video import Decoder, Uint8Array
 
 Family = Literal["qwen2_5_vl", "qwen3_vl"]
-Labels = Literal["ego-motion", "speed"]
+Labels = Literal["ego-motion", "speed", "waypoints", "reasoning"]
 
 
 class VisionGrid(Settings):
@@ -154,24 +154,29 @@ class TiledPreprocess(Settings):
         scale = min(self.cell_width_px / width_px, self.cell_height_px / height_px)
         return max(round(width_px * scale), 1), max(round(height_px * scale), 1)
 
-    def place(self, canvas: Uint8Array, pictures: Sequence[Uint8Array]) -> None:
-        """Draw the pictures of one instant on a black canvas (height, width, 3), each centred in its cell.
+    def places(self, shapes: Sequence[tuple[int, ...]]) -> tuple[tuple[Any, ...], ...]:
+        """Return where pictures lie on canvases (..., height, width, 3), each centred in its cell.
 
         Args:
-            canvas: what is drawn on.
-            pictures: one (height, width, 3) uint8 picture a camera, in the order of the cameras.
+            shapes: (height, width, 3) of the picture of each camera, in the order of the cameras.
 
         Raises:
             ValueError: there are not as many pictures as cameras, or one is larger than a cell.
         """
-        if len(pictures) != len(self.cameras):
-            raise ValueError(f"{len(pictures)} pictures for {len(self.cameras)} cameras")
-        for position, picture in enumerate(pictures):
+        if len(shapes) != len(self.cameras):
+            raise ValueError(f"{len(shapes)} pictures for {len(self.cameras)} cameras")
+        found = []
+        for position, (height, width, _) in enumerate(shapes):
             row, column = divmod(position, self.columns)
-            height, width = picture.shape[:2]
             top = row * self.cell_height_px + _margin(self.cell_height_px, height)
             left = column * self.cell_width_px + _margin(self.cell_width_px, width)
-            canvas[top : top + height, left : left + width] = picture
+            found.append((..., slice(top, top + height), slice(left, left + width), slice(None)))
+        return tuple(found)
+
+    def place(self, canvas: Uint8Array, pictures: Sequence[Uint8Array]) -> None:
+        """Draw the pictures of one instant, one a camera, on a black canvas (height, width, 3); raises as `places`."""
+        for place, picture in zip(self.places([one.shape for one in pictures]), pictures, strict=True):
+            canvas[place] = picture
 
     def shown(self, instant: Uint8Array) -> Uint8Array:
         """Return a picture for people (height, width, 3) of one instant of a window: the canvas itself."""

@@ -124,7 +124,8 @@ def train_in(
         console.say(f"run {folder} is finished; nothing to do")
         return _result(run)
     check_runnable(recipe)
-    dataset = WindowDataset(shards, "train", ensure_sidecar(shards, recipe, console))
+    key = ensure_sidecar(shards, recipe, console)
+    dataset = WindowDataset(shards, "train", key, verify=recipe.train.verify_shards)
     _check_rows(dataset, recipe, shards.folder)
     with runs.emptied(folder) if fresh else contextlib.nullcontext():
         run = run or runs.start_run(folder, manifest, recipe)

@@ -95,6 +95,9 @@ def trainer_arguments(folder: Path, recipe: Any, steps: int) -> Any:
         "logging_steps": settings.log_steps,
         "logging_nan_inf_filter": False,  # it would put the mean of the others in place of a loss that is no number
         "dataloader_num_workers": settings.workers,
+        # A worker forked from a process with threads and a GPU may hang. It ends with its epoch: one that stayed would
+        # draw no seed for the next, which a resumed run does draw.
+        "dataloader_multiprocessing_context": "forkserver" if settings.workers else None,
         "dataloader_pin_memory": on_gpu,
         "seed": settings.seed,
         "data_seed": settings.seed,

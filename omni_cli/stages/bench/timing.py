@@ -2,12 +2,14 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -73,19 +75,27 @@ def summed(timings: Sequence[Timing]) -> Timing:
     return Timing(tuple(map(sum, zip(*(timing.seconds for timing in timings), strict=True))))
 
 
-def measure(work: Mapping[str, Callable[[], object]], repeats: int, warmups: int = 1) -> dict[str, Timing]:
+def measure(
+    work: Mapping[Name, Callable[[], object]],
+    repeats: int,
+    warmups: int = 1,
+    before: Callable[[], object] | None = None,
+) -> dict[Name, Timing]:
     """Time several pieces of work in turn, so that what else the machine does falls on all of them alike.
 
     Args:
         work: by name.
         repeats: how often each is timed.
         warmups: how often each runs before it counts.
+        before: what is done before each time and is not timed.
     """
     for function in [*work.values()] * warmups:
         function()
-    seconds: dict[str, list[float]] = {name: [] for name in work}
+    seconds: dict[Name, list[float]] = {name: [] for name in work}
     for _ in range(repeats):
         for name, function in work.items():
+            if before is not None:
+                before()
             seconds[name].append(_time(function))
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 

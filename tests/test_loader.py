@@ -1,0 +1,281 @@
+"""The loader: pictures where they belong whatever lies beside them, uint8 all the way, and no damaged byte unseen."""
+
+import resource
+import subprocess
+import sys
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from omni_cli.errors import DataError
+from omni_cli.recipe import BuiltModel
+from omni_cli.samples.dataset import ALL, WindowDataset
+from omni_cli.samples.shards import (
+    Manifest,
+    RecordingEntry,
+    SkewStats,
+    frames_path,
+    listed_file,
+    open_shards,
+    windows_path,
+    write_manifest,
+    write_recording,
+)
+from omni_cli.samples.stored import is_cached
+from omni_cli.samples.tables import FRAME_ROWS_PER_BATCH, FRAMES, Frames, ShardTables, windows_schema
+from omni_cli.stages.bench.loader import chosen_records, forget
+from omni_cli.stages.etl import EtlRequest, ensure_sidecar, etl
+from omni_cli.stages.train import make_trainer
+from tests.support.drives import preprocess
+from tests.support.driving import tiny_student, write_drives
+from tests.support.pipeline import QUIET, tiny_recipe, write_synthetic
+
+SIZES_PX = ((36, 18), (35, 20), (30, 20), (37, 11), (1, 1), (37, 21), (36, 20))  # of seven cameras, none alike
+LAYOUT = preprocess(
+    cameras=tuple(f"camera_{number}" for number in range(7)), columns=3, canvas_width_px=112, canvas_height_px=84
+)
+STORED = 40  # pictures a camera: more than a batch of the file
+
+
+def noise_set(folder, seed, names=("a",), windows=6):
+    """Shards of noise: windows whose instants skip pictures, and show some twice."""
+    rng = np.random.default_rng(seed)
+    entries, rows = [], {}
+    for name in names:
+        pictures = [[rng.bytes(width * height * 3) for _ in range(STORED)] for width, height in SIZES_PX]
+        frames = pa.table(
+            [
+                [camera for camera in LAYOUT.cameras for _ in range(STORED)],
+                list(range(STORED)) * 7,
+                list(range(STORED)) * 7,
+                *([size[side] for size in SIZES_PX for _ in range(STORED)] for side in (0, 1)),
+                [picture for of_camera in pictures for picture in of_camera],
+            ],
+            schema=FRAMES,
+        )
+        shown = np.sort(rng.integers(0, STORED, (windows, LAYOUT.num_frames, 7)), axis=1)
+        shown[0] = np.arange(28, 28 + LAYOUT.num_frames)[:, None]  # side by side, over the end of a batch
+        flat = [(window + np.arange(7) * STORED).ravel() for window in shown]
+        columns = [range(windows), range(windows), range(windows), ["train"] * windows, flat, flat, [0] * windows]
+        table = pa.table([*map(list, columns), [0] * windows], schema=windows_schema(()))
+        write_recording(folder, name, ShardTables(Frames(len(frames), partial(batches, frames)), table), "key")
+        files = {"frames_file": frames_path(folder, name), "windows_file": windows_path(folder, name)}
+        listed = {key: listed_file(path) for key, path in files.items()}
+        counts = {"windows": {"train": windows}, "num_frames": 7 * STORED, "dropped": {}, "max_skew_us": 0}
+        entries.append(RecordingEntry(id=name, group="", **counts, **listed))
+        rows[name] = [expected(pictures, window) for window in shown]
+    values = {"recipe": "vlm", "settings": {}, "source": "test", "split_rule": "time"}
+    skew = SkewStats(median_us=0, max_us=0)
+    write_manifest(folder, Manifest(**values, skew=skew, preprocess=LAYOUT, recordings=tuple(entries)))
+    return folder, rows
+
+
+def batches(frames):
+    return iter(frames.combine_chunks().to_batches(max_chunksize=FRAME_ROWS_PER_BATCH))
+
+
+def expected(pictures, window):
+    """Each picture in the middle of its cell of 37 x 28 px, in three columns and three rows, black beside it."""
+    canvases = np.zeros((LAYOUT.num_frames, 84, 112, 3), np.uint8)
+    for instant, shown in enumerate(window):
+        for camera, row in enumerate(shown):
+            width, height = SIZES_PX[camera]
+            top, left = camera // 3 * 28 + (28 - height) // 2, camera % 3 * 37 + (37 - width) // 2
+            picture = np.frombuffer(pictures[camera][row], np.uint8).reshape(height, width, 3)
+            canvases[instant, top : top + height, left : left + width] = picture
+    return canvases
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_pictures_lie_where_they_belong_and_all_else_is_black(tmp_path, seed):
+    folder, rows = noise_set(tmp_path, seed)
+    dataset = WindowDataset(open_shards(folder), ALL)
+    dirty = [np.full(LAYOUT.window_shape, 255, np.uint8) for _ in range(4)]  # memory that windows are then made in
+    del dirty
+    for index, canvases in enumerate(rows["a"]):
+        assert torch.equal(dataset.pictures(index), torch.from_numpy(canvases))
+        path, pieces = dataset.pieces(index)
+        content = path.read_bytes()
+        stored = sum(piece.stop - piece.start for piece in pieces)
+        assert stored == LAYOUT.num_frames * sum(width * height * 3 for width, height in SIZES_PX)
+        first = np.frombuffer(content[pieces[0].start : pieces[0].start + 36 * 3], np.uint8)
+        assert np.array_equal(canvases[0, 5, :36].ravel(), first)
+
+
+def test_what_is_returned_is_the_callers_own(tmp_path):
+    folder, _ = noise_set(tmp_path, 0)
+    dataset = WindowDataset(open_shards(folder), ALL)
+    row = dataset[1]
+    row["pictures"].fill_(7)
+    assert not torch.equal(dataset[1]["pictures"], row["pictures"])
+
+
+@pytest.mark.fault("F5")
+@pytest.mark.parametrize("change", [-1, 1, -4096], ids=["short", "long", "page"])
+@pytest.mark.parametrize("path_of", [frames_path, windows_path])
+def test_a_file_that_changed_its_length_since_it_was_listed_is_refused(tmp_path, path_of, change):
+    shards = open_shards(noise_set(tmp_path, 0)[0])
+    path = path_of(tmp_path, "a")
+    content = path.read_bytes()
+    path.write_bytes(content[:change] if change < 0 else content + b"0" * change)
+    with pytest.raises(DataError, match=r"\.arrow: (holds \d+ bytes, not the|cannot be read as an Arrow stream)"):
+        WindowDataset(shards, ALL)[0]
+
+
+@pytest.mark.fault("F6")
+def test_with_verify_every_flipped_bit_is_refused(tmp_path):
+    shards = open_shards(noise_set(tmp_path, 0, windows=2)[0])
+    rng = np.random.default_rng(1)
+    for path in (frames_path(tmp_path, "a"), windows_path(tmp_path, "a")):
+        content = path.read_bytes()
+        for at in rng.integers(0, len(content), 120).tolist():
+            flipped = bytearray(content)
+            flipped[at] ^= 1 << int(rng.integers(8))
+            path.write_bytes(flipped)
+            with pytest.raises(DataError, match=r"arrow: (its content is not what was written|cannot be read as an A)"):
+                WindowDataset(shards, ALL, verify=True)[0]
+        path.write_bytes(content)
+    dataset = WindowDataset(shards, ALL, verify=True)
+    assert torch.equal(dataset[0]["pictures"], WindowDataset(shards, ALL)[0]["pictures"])
+
+
+@pytest.mark.fault("F22")
+def test_recordings_that_are_open_hold_no_file_descriptor(tmp_path):
+    names = [f"r{number}" for number in range(20)]
+    folder, rows = noise_set(tmp_path, 0, names=names, windows=1)
+    dataset = WindowDataset(open_shards(folder), ALL)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = len([*Path("/proc/self/fd").iterdir()]) + 4
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few, hard))
+    try:
+        read = {dataset.recording_of(index): dataset.pictures(index) for index in range(len(dataset))}
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert {name: torch.equal(read[name], torch.from_numpy(rows[name][0])) for name in names} == dict.fromkeys(
+        names, True
+    )
+
+
+def test_the_bench_reads_windows_that_share_no_byte_from_files_that_were_forgotten(tmp_path):
+    folder, _ = noise_set(tmp_path, 0, names=("a", "b"))
+    dataset = WindowDataset(open_shards(folder), ALL)
+    records = chosen_records(dataset)
+    assert len(records) >= 2
+    for one, other in combinations(records, 2):
+        apart = (p.stop <= q.start or q.stop <= p.start for p in one.pieces for q in other.pieces)
+        assert one.path != other.path or all(apart)
+    assert all(p.stop < q.start for record in records for p, q in zip(record.pieces, record.pieces[1:], strict=False))
+    del dataset
+    path = frames_path(folder, "a")
+    with path.open("rb") as stream:
+        path.read_bytes()
+        if is_cached(stream.fileno(), 0) is None:
+            pytest.skip(f"the file system of {tmp_path} does not say what is in memory")
+        assert is_cached(stream.fileno(), 0)
+        assert forget({path: stream.fileno()})
+        mapped = np.memmap(path)
+        assert int(mapped[0]) >= 0
+        assert forget({path: stream.fileno()}) is False  # what is mapped stays
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory):
+    """Shards of both recipes."""
+    folder, found = tmp_path_factory.mktemp("loader"), {}
+    for recipe, write in ((tiny_recipe(), write_synthetic), (tiny_student(), write_drives)):
+        write(folder / recipe.name)
+        request = EtlRequest(data=folder / recipe.name, out=folder / f"{recipe.name}-shards", workers=0)
+        found[recipe.name] = recipe, open_shards(Path(etl(recipe, request, QUIET)["shards"]))
+    return found
+
+
+class Crossing(TorchDispatchMode):
+    """Notes the large tensors of the host, and stops when a device holds a float picture."""
+
+    def __init__(self, numbers):
+        super().__init__()
+        self.numbers, self.host, self.crossed = numbers, set(), set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.numel() >= self.numbers:
+                if tensor.device.type == "meta" and tensor.is_floating_point():
+                    raise Crossed
+                (self.crossed if tensor.device.type == "meta" else self.host).add(tensor.dtype)
+        return result
+
+
+class Crossed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", ["vlm", "distill"])
+def test_pictures_cross_to_the_device_as_uint8_and_are_made_numbers_there(cut, name):
+    recipe, shards = cut[name]
+    dataset = WindowDataset(shards, ALL, ensure_sidecar(shards, recipe, QUIET))
+    built = recipe.build(dataset.preprocess)
+    with Crossing(dataset.pictures(0).numel()) as seen:
+        rows = [dataset[index] for index in range(2)]
+        batch = recipe.collate(rows, dataset.preprocess)  # what the Trainer moves
+    assert (seen.host, batch["pictures"].dtype) == ({torch.uint8}, torch.uint8)
+    floats = [tensor for tensor in batch.values() if tensor.is_floating_point()]
+    assert sum(tensor.numel() for tensor in floats) < batch["pictures"].numel() / 20
+    there = BuiltModel(built.model.to("meta"), built.tokenizer)
+    crossing = Crossing(batch["pictures"].numel())
+    with pytest.raises(Crossed), crossing:
+        recipe.predict(there, rows, dataset.preprocess)  # of eval and infer
+    assert (crossing.host, crossing.crossed) == ({torch.uint8}, {torch.uint8})
+
+
+def test_the_workers_of_training_come_from_a_forkserver_and_read_the_same_batches(cut, tmp_path):
+    recipe, shards = cut["distill"]
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"workers": 1})})
+    dataset = WindowDataset(shards, "train")
+    trainer = make_trainer(tmp_path, recipe, recipe.build(dataset.preprocess), dataset, 1)
+    loader = trainer.get_train_dataloader().base_dataloader
+    assert loader.multiprocessing_context.get_start_method() == "forkserver"
+    batch = next(iter(loader))
+    pictures = [dataset.pictures(index) for index in range(len(dataset))]
+    assert all(any(torch.equal(one, picture) for picture in pictures) for one in batch["pictures"])
+
+
+OFFLINE = """
+import sys
+def refuse(event, args):
+    named = event in ("socket.getaddrinfo", "socket.gethostbyname")
+    made = event == "socket.__new__" and args[1] not in (-1, 1)  # AF_UNIX is how a process talks to its own
+    if named or made or (event == "socket.connect" and args[0].family != 1):
+        print("SOCKET", event, args, file=sys.stderr, flush=True)
+        import os; os._exit(97)
+sys.addaudithook(refuse)
+from pathlib import Path
+from omni_cli.stages.etl import EtlRequest, etl
+from omni_cli.stages.evaluate import EvalRequest, evaluate
+from omni_cli.stages.runs import open_finished
+from omni_cli.stages.train import TrainRequest, train
+from tests.support.driving import tiny_student
+from tests.support.pipeline import QUIET
+data, out = Path(sys.argv[1]), Path(sys.argv[2])
+recipe = tiny_student(train={"max_steps": 1})
+shards = Path(etl(recipe, EtlRequest(data=data, out=out / "shards", workers=1), QUIET)["shards"])
+run = train(recipe, TrainRequest(shards, data, out / "runs", "r", "test"), QUIET)["run"]
+print(evaluate(recipe, open_finished(Path(run)), EvalRequest(blind=False), QUIET)["windows"])
+"""
+
+
+@pytest.mark.fault("F31")
+def test_etl_training_and_evaluation_open_no_socket(tmp_path):
+    write_drives(tmp_path / "data")
+    command = [sys.executable, "-c", OFFLINE, str(tmp_path / "data"), str(tmp_path)]
+    can_unshare = subprocess.run(["unshare", "-rn", "true"], capture_output=True, check=False).returncode == 0
+    command = ["unshare", "-rn", *command] if can_unshare else command
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, int(done.stdout or 0) > 0) == (0, True), done.stderr
