@@ -54,6 +54,7 @@ _SOURCES: Mapping[str, str] = {
     "synthetic": "omni_cli.sources.physical_ai_av:PhysicalAiAv",  # the synthetic world writes the same layout
     "openpilot": "omni_cli.sources.openpilot_logs:OpenpilotLogs",
     "comma2k19": "omni_cli.sources.comma2k19:Comma2k19",
+    "dgp": "omni_cli.sources.dgp:Dgp",
 }
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from omni_cli.config import nearest
 from omni_cli.errors import UsageError
+from omni_cli.formats import dgp
 from omni_cli.formats.comma2k19 import POSES_FOLDER
 from omni_cli.formats.openpilot import parse_segment_file
 from omni_cli.formats.physical_ai_av import CLIP_INDEX_FILE, FEATURES_FILE
@@ -43,13 +44,15 @@ def raw_folder(data: Path, source: str | None) -> tuple[str, Path]:
 
 
 def layout_of(folder: Path) -> str | None:
-    """Return the source whose layout a folder has: of PhysicalAI-AV or a hub cache, comma2k19, or comma routes."""
+    """Return the source whose layout a folder has: of PhysicalAI-AV or a hub cache, comma2k19, DGP, or comma routes."""
     marks = (FEATURES_FILE, CLIP_INDEX_FILE, "snapshots", "datasets--*/snapshots")
     if any(path for mark in marks for path in folder.glob(mark)):
         return "physical_ai_av"
     if any(path for depth in _SEGMENT_DEPTHS for path in folder.glob(f"{depth}/{POSES_FOLDER}")):
         return "comma2k19"  # before routes: its videos and raw logs are named as theirs
-    paths = (path for depth in _SEGMENT_DEPTHS for path in folder.absolute().glob(depth))
+    paths = [path for depth in _SEGMENT_DEPTHS for path in folder.absolute().glob(depth)]
+    if any(dgp.parse_scene_file(path.as_posix()) for path in paths):
+        return "dgp"
     return "openpilot" if any(parse_segment_file(path.as_posix()) for path in paths) else None
 
 
@@ -88,6 +91,8 @@ def _fetch_hint(source: str | None) -> str:
             return "get it with: omni fetch --source openpilot --from ROUTES"
         case "comma2k19":
             return "get it with: omni fetch --source comma2k19 --from CHUNKS"
+        case "dgp":
+            return "get it with: omni fetch --source dgp --from SCENES"
         case None | "synthetic":
             return "get some with: omni fetch --source synthetic --chunks 2"
         case _:
