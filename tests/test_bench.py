@@ -5,17 +5,20 @@ import json
 import shutil
 import tempfile
 
+import numpy as np
 import pytest
 import torch
 
 from omni_cli.__main__ import run
 from omni_cli.files import read_json, write_json
+from omni_cli.formats.video import decode, probe
 from omni_cli.report import Console
 from omni_cli.samples.dataset import ALL, WindowDataset
 from omni_cli.samples.shards import open_shards
 from omni_cli.stages.bench import PARTS, BenchRequest, bench
 from omni_cli.stages.bench.latency import ROUNDS
 from omni_cli.stages.bench.steps import Cycled
+from omni_cli.stages.bench.texture import TextureSpec, texture_video
 from omni_cli.stages.bench.timing import Line, Timing, measure
 from omni_cli.stages.etl import ensure_sidecar
 from omni_cli.stages.export import ExportRequest, export
@@ -115,14 +118,49 @@ def test_data_of_other_cameras_are_not_measured_on(made, capsys):
     assert str(made.data) not in result["parts"]["loader"]["on"]
 
 
-def test_a_recording_takes_as_long_as_its_parts(made):
+def test_etl_is_measured_whole_beside_a_bare_decoder_and_other_ways(made):
     part = bench(made.recipe, ask(made, "etl", repeats=1), QUIET)["parts"]["etl"]
+    others = ("decode alone", "the prototypes' way", "first camera, pyav", "first camera, torchcodec")
+    inside = ("open it, read its log", "decode and scale, nothing written")
+    assert list(part["lines"]) == ["a recording", *inside, *others]
     seconds = {name: line["median_s"] for name, line in part["lines"].items()}
-    parts = ("open it, read its log", "decode, resize and cut", "write and hash")
-    assert seconds["a recording"] == pytest.approx(sum(seconds[name] for name in parts))
-    assert sum(part["ratios"][f"{name} / a recording, in time"] for name in parts) == pytest.approx(1)
-    rates = part["lines"]["a recording"]["per_second"]
-    assert rates["s of driving"] * seconds["a recording"] == pytest.approx(2.5, abs=0.2)
+    assert {f"{name} / a recording, in time" for name in (*inside, *others)} < part["ratios"].keys()
+    assert part["ratios"]["decode alone / a recording, in time"] == pytest.approx(
+        seconds["decode alone"] / seconds["a recording"]
+    )
+    cpu_s = {name: line["cpu_s"] for name, line in part["lines"].items()}
+    share = part["ratios"]["decode alone / a recording, in CPU time"]
+    assert 0 < share == pytest.approx(cpu_s["decode alone"] / cpu_s["a recording"])
+    amounts = {unit: rate * seconds["a recording"] for unit, rate in part["lines"]["a recording"]["per_second"].items()}
+    shards = open_shards(made.data / "shards" / "run")
+    entry = shards.manifest.recordings[0]
+    assert amounts["pictures"] == pytest.approx(entry.num_frames)
+    assert amounts["MB"] == pytest.approx(entry.frames_file.size / 1e6)
+    assert amounts["s of driving"] == pytest.approx(2.3, abs=0.2)
+    assert amounts["camera-frames"] >= amounts["pictures"]
+
+
+def test_videos_that_are_easy_to_decode_are_joined_by_a_texture(made, capsys):
+    texture = TextureSpec(128, 72, fps=10)
+    part = bench(made.recipe, ask(made, "etl", repeats=1, texture=texture), Console())["parts"]["etl"]
+    said = capsys.readouterr().err
+    assert f"{made.data / 'raw' / 'synthetic'} holds h264 96x54, " in said
+    assert "s of moving texture too, the same for each camera" in said
+    assert "; a drive past texture, 1 cameras, h264 128x72, " in part["on"]
+    assert {f"texture: {name}" for name in part["lines"] if not name.startswith("texture: ")} <= part["lines"].keys()
+    assert part["ratios"]["texture: decode alone / a recording, in time"] > 0
+
+
+def test_a_texture_moves_and_repeats_each_second():
+    content = texture_video(TextureSpec(128, 72, fps=10), seconds=2.5)
+    info = probe(content, "texture")
+    assert (info.codec, info.num_frames, info.width_px) == ("h264", 30, 128)
+    np.testing.assert_array_equal(np.diff(info.pts_us), 100_000)
+    shown = [picture for _, picture in decode(content, "texture", range(30), width_px=128, height_px=72)]
+    for first, second in itertools.pairwise(shown[:10]):
+        assert np.abs(first.astype(int) - second).mean() > 5
+    np.testing.assert_array_equal(shown[3], shown[23])
+    assert texture_video(TextureSpec(128, 72, fps=10), seconds=2.5) == content
 
 
 def test_the_phases_of_a_step_add_up_to_it(made):

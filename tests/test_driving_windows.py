@@ -15,14 +15,8 @@ from omni_cli.formats.driving_model import PICTURE_SHAPE, T_IDXS_S
 from omni_cli.formats.video import encode_h264
 from omni_cli.recipes.distill.sampling import questions
 from omni_cli.samples.driven_path import driven_paths
-from omni_cli.samples.driving_windows import (
-    NOTHING_COUNTS,
-    UNPAIRED,
-    StepFilters,
-    driving_tables,
-    per_view,
-    window_pictures,
-)
+from omni_cli.samples.driving_pictures import window_pictures
+from omni_cli.samples.driving_windows import NOTHING_COUNTS, UNPAIRED, StepFilters, driving_tables, per_view
 from omni_cli.samples.model_steps import ModelFramePreprocess
 from omni_cli.samples.step_labels import StepLabels, driven_labels
 from omni_cli.samples.sync import STALE_FRAME
@@ -163,7 +157,7 @@ def mount_at(time_us: int) -> np.ndarray:
     ("cameras", "sampling"), [(("road", "wide"), "bilinear"), (("road",), "bilinear"), (("road", "wide"), "nearest")]
 )
 def test_every_stored_picture_is_openpilots_warp_of_its_frame(drive, videos, cameras, sampling):
-    frames = cut(drive, preprocess(cameras, sampling=sampling)).frames.to_pylist()
+    frames = cut(drive, preprocess(cameras, sampling=sampling)).frames.read_all().to_pylist()
     camera_of = {"img": "road", "big_img": cameras[-1]}
     planes = {name: decoded(path) for name, path in videos.items()}
     assert len({(row["camera"], row["frame_index"]) for row in frames}) == len(frames)
@@ -182,7 +176,7 @@ def test_a_mount_refined_by_less_than_a_tenth_of_a_pixel_changes_no_picture(driv
     finer.rpy_rad[1] += 9e-5
     coarser = replace(finer, rpy_rad=finer.rpy_rad + np.array([[0], [1e-3], [0], [0]]))
     plain, refined, moved = (
-        cut(one).frames["pixels"].to_pylist()
+        cut(one).frames.read_all()["pixels"].to_pylist()
         for one in (drive, with_device(drive, mount=finer), with_device(drive, mount=coarser))
     )
     assert refined == plain
@@ -192,7 +186,7 @@ def test_a_mount_refined_by_less_than_a_tenth_of_a_pixel_changes_no_picture(driv
 def test_what_infer_looks_at_is_what_is_stored(drive):
     how = preprocess()
     tables = cut(drive, how, stride=2)  # windows overlap
-    pixels = tables.frames["pixels"].to_pylist()
+    pixels = tables.frames.read_all()["pixels"].to_pylist()
     plan = plan_cameras(drive, how.cameras, how, stride=2, max_age_us=100_000)
     windows, _ = per_view(drive, plan.windows, how)
     assert len(windows) == tables.windows.num_rows > 5
@@ -384,7 +378,7 @@ def test_windows_without_a_step_of_use_are_dropped_with_their_pictures_and_count
 
 def pictures_of(tables, row: dict) -> list[tuple]:
     """Camera, frame and pixels of everything that a window looks at."""
-    frames = tables.frames.take(row["frames"])
+    frames = tables.frames.read_all().take(row["frames"])
     return list(zip(*(frames[name].to_pylist() for name in ("camera", "frame_index", "pixels")), strict=True))
 
 

@@ -307,14 +307,14 @@ def test_frames_that_an_edit_list_hides_are_no_frames(copy):
     preprocess = drives.preprocess(cameras=(FRONT,), columns=1)
     whole = PhysicalAiAv(copy).open(CLIPS[0]).cameras[FRONT]
     num_frames = len(whole.timestamp_us)
-    _, _, expected = decode_camera("whole", whole, np.arange(num_frames), preprocess)
+    expected = list(decode_camera("whole", whole, np.arange(num_frames), preprocess)[2])
     rewrite(chunk_file(copy, FRONT), lambda members: members.update({member: starting_later(members[member], 10)}))
     cut = PhysicalAiAv(copy).open(CLIPS[0]).cameras[FRONT]
     with pytest.raises(DataError, match=f"cut: {num_frames - 10} frames for {num_frames} timestamps; fetch it again"):
         decode_camera("cut", cut, np.arange(num_frames), preprocess)
     shown = CameraStream(FRONT, cut.videos, whole.timestamp_us[10:])
     _, _, decoded = decode_camera("cut", shown, np.arange(num_frames - 10), preprocess)
-    for (_, picture), (_, true) in zip(decoded, list(expected)[10:], strict=True):
+    for (_, picture), (_, true) in zip(decoded, expected[10:], strict=True):
         np.testing.assert_array_equal(picture, true)
 
 

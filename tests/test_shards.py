@@ -80,7 +80,7 @@ def shards(tmp_path, tables):
 
 def test_the_datasets_library_opens_both_tables_as_written(shards, tables):
     for path, table in (
-        (frames_path(shards, "a"), tables["a"].frames),
+        (frames_path(shards, "a"), tables["a"].frames.read_all()),
         (windows_path(shards, "a"), tables["a"].windows),
     ):
         opened = datasets.Dataset.from_file(str(path))
@@ -89,7 +89,7 @@ def test_the_datasets_library_opens_both_tables_as_written(shards, tables):
 
 
 def test_equal_tables_have_equal_bytes_however_they_are_chunked(tmp_path, tables):
-    frames = tables["a"].frames
+    frames = tables["a"].frames.read_all()
     other = pa.concat_tables([frames.slice(0, 7), frames.slice(7, 1), frames.slice(8)])
     for name, table in (("one", frames), ("two", other)):
         commit(tmp_path / name, lambda stream, table=table: write_stream(table, stream, 32))
@@ -97,7 +97,7 @@ def test_equal_tables_have_equal_bytes_however_they_are_chunked(tmp_path, tables
 
 
 def test_a_picture_that_windows_share_is_stored_once(tables):
-    frames, windows = tables["a"].frames, tables["a"].windows
+    frames, windows = tables["a"].frames.read_all(), tables["a"].windows
     keys = list(zip(frames["camera"].to_pylist(), frames["frame_index"].to_pylist(), strict=True))
     assert len(keys) == len(set(keys))
     looked_at = [row for rows in windows["frames"].to_pylist() for row in rows]
@@ -121,7 +121,7 @@ def test_a_row_is_the_canvas_and_the_numbers_of_its_window(shards, tables):
             field.name: window[field.name] for field in EGO_MOTION_COLUMNS
         }
         assert row["pictures"].dtype == torch.uint8
-        frames = tables[name].frames.to_pylist()
+        frames = tables[name].frames.read_all().to_pylist()
         for instant in range(LAYOUT.num_frames):
             shown = [frames[row] for row in window["frames"][instant * 4 : instant * 4 + 4]]
             assert [frame["camera"] for frame in shown] == list(CAMERAS)

@@ -40,17 +40,18 @@ def command(
     """Measure how fast each stage is on this machine.
 
     On the newest data, shards and run that fit the profile; where there are none, on a small synthetic drive. Timings
-    are synchronised, warmed up and repeated; what is compared runs in turn in one process. `export` is latency: the run
-    in torch, its ONNX programs on every provider that ONNX Runtime has here, and its teacher's; by batch size, host to
-    host and device only.
+    are synchronised, warmed up and repeated; what is compared runs in turn in one process. `etl` stands beside a bare
+    decoder and the prototypes' way, and where the data are easier to decode than 1080p at 10 Mb/s, on a texture too.
+    `export` is latency: the run in torch, its ONNX programs on every provider that ONNX Runtime has here, and its
+    teacher's; by batch size, host to host and device only.
     """
     from omni_cli.commands._subject import bench_subject
     from omni_cli.config import comma_list
     from omni_cli.report import Console
-    from omni_cli.stages.bench import BenchRequest, bench
+    from omni_cli.stages.bench import FULL_HD, BenchRequest, bench
 
     console = Console(quiet=quiet, json_output=json)
     files = tuple(Path(name).expanduser() for name in comma_list(teacher or ""))
     asked = {"--profile": profile, "--recipe": recipe, "--config": config, "--set": sets}
     settings, name, opened = bench_subject(run, runs, asked, console)
-    console.finish(bench(settings, BenchRequest(part, data, runs, name, repeats, files, opened), console))
+    console.finish(bench(settings, BenchRequest(part, data, runs, name, repeats, files, opened, FULL_HD), console))

@@ -1,6 +1,6 @@
 """The frames of a camera, numbered over all its videos: a recording that was joined of segments has one video of each.
 
-A video is read and probed once, when its turn comes, and forgotten for the next: a minute of full-size video is 75 MB.
+A video is probed once, when its turn comes, and never held: it is read through a window however long it is.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,12 +11,12 @@ import numpy as np
 
 from omni_cli.errors import DataError
 from omni_cli.formats.video import Decoder, Planes, Uint8Array, VideoInfo, decode, decode_yuv, probe
-from omni_cli.scene.recording import CameraStream
+from omni_cli.scene.recording import CameraStream, VideoLocation
 
 
 class _Video(NamedTuple):
     name: str  # for an error
-    content: bytes
+    location: VideoLocation
     info: VideoInfo
 
 
@@ -41,14 +41,14 @@ class CameraFrames:
         Raises:
             DataError: also where a later video is damaged, or is not as long as its timestamps.
         """
-        for offset, (name, content, info), wanted in self._by_video(indices):
-            pictures = decode(content, name, wanted, width_px=width_px, height_px=height_px, decoder=decoder, info=info)
+        for offset, (name, video, info), wanted in self._by_video(indices):
+            pictures = decode(video, name, wanted, width_px=width_px, height_px=height_px, decoder=decoder, info=info)
             yield from ((offset + index, picture) for index, picture in pictures)
 
     def decode_yuv(self, indices: Sequence[int]) -> Iterator[tuple[int, Planes]]:
         """Yield (index, planes) as `formats.video.decode_yuv` does; errors as of `decode`."""
-        for offset, (name, content, info), wanted in self._by_video(indices):
-            yield from ((offset + index, planes) for index, planes in decode_yuv(content, name, wanted, info))
+        for offset, (name, video, info), wanted in self._by_video(indices):
+            yield from ((offset + index, planes) for index, planes in decode_yuv(video, name, wanted, info))
 
     def _by_video(self, indices: Sequence[int]) -> Iterator[tuple[int, _Video, list[int]]]:
         """Yield (index of its first frame, video, frames wanted of it) of each video in which any is."""
@@ -56,7 +56,7 @@ class CameraFrames:
         offsets = np.cumsum([0, *counts[:-1]])
         place = np.searchsorted(offsets, wanted, side="right") - 1
         for number in np.unique(place).tolist():
-            video = self.first if number == 0 else _read(self.name, self.stream, number)
+            video = self.first if number == 0 else _probed(self.name, self.stream, number)
             yield int(offsets[number]), video, (wanted[place == number] - offsets[number]).tolist()
 
 
@@ -70,19 +70,18 @@ def camera_frames(name: str, stream: CameraStream) -> CameraFrames:
     Raises:
         DataError: its first video is damaged, or is not as long as its timestamps.
     """
-    return CameraFrames(name, stream, _read(name, stream, 0))
+    return CameraFrames(name, stream, _probed(name, stream, 0))
 
 
-def _read(name: str, stream: CameraStream, number: int) -> _Video:
+def _probed(name: str, stream: CameraStream, number: int) -> _Video:
     location, count = stream.videos[number], _counts(stream)[number]
     if len(stream.videos) > 1:
         name = f"{name}, {location.path}"
-    content = location.read()
-    info = probe(content, name)
+    info = probe(location, name)
     has_surplus = location.num_frames is not None and info.num_frames > count  # the reader vouches for the first ones
     if info.num_frames != count and not has_surplus:
         raise DataError(f"{name}: {info.num_frames} frames for {count} timestamps; fetch it again")
-    return _Video(name, content, info)
+    return _Video(name, location, info)
 
 
 def _counts(stream: CameraStream) -> list[int]:

@@ -1,6 +1,6 @@
 """From one recording to the shard tables of a driving student: packed model frames, and the targets of every step."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
 from typing import Any
@@ -9,11 +9,10 @@ import numpy as np
 import pyarrow as pa
 
 from omni_cli.errors import DataError
-from omni_cli.formats.driving_model import PICTURE_SHAPE
-from omni_cli.formats.video import Uint8Array
 from omni_cli.samples.driven_path import DrivenPaths, driven_paths
+from omni_cli.samples.driving_pictures import SeenViews, camera_of_view, seen_views
+from omni_cli.samples.frame_batches import frame_batches
 from omni_cli.samples.model_steps import ModelFramePreprocess
-from omni_cli.samples.model_views import warped_frames
 from omni_cli.samples.step_labels import LOG, Labeller, Looks, StepLabels, counted, desire_pulses, logged_phase_us
 from omni_cli.samples.sync import PlannedWindow
 from omni_cli.samples.tables import STEP_COLUMNS, ShardTables
@@ -23,12 +22,10 @@ from omni_cli.samples.windows import (
     camera_streams,
     choose_windows,
     frame_rows,
-    frames_table,
     wanted_frames,
     windows_table,
 )
 from omni_cli.scene.clock import Int64Array, nearest_to, period_us
-from omni_cli.scene.model_frame import MODEL_VIEWS
 from omni_cli.scene.recording import Recording
 
 NOTHING_COUNTS = "no step of it can be learned from or measured"
@@ -55,9 +52,11 @@ def driving_tables(
     label: Labeller,
     assign_split: AssignSplit,
 ) -> ShardTables:
-    """Cut a recording into windows of steps, warp what they look at, and ask the teacher.
+    """Cut a recording into windows of steps, and ask the teacher about what they look at.
 
-    Windows of which no step is of any use are dropped after that: the teacher remembers what they show.
+    Windows of which no step is of any use are dropped after that: the teacher remembers what they show. A teacher that
+    looks has the frames decoded for it; those that are stored are decoded (again) when they are written, so that the
+    pictures of a drive are never all in memory.
 
     Args:
         recording: with the cameras of `preprocess`, calibrated, and how the car moved.
@@ -77,21 +76,20 @@ def driving_tables(
     )
     windows, is_paired = per_view(recording, chosen.windows, preprocess)
     chosen = _only(replace(chosen, windows=windows), is_paired, UNPAIRED)
-    wanted = wanted_frames(chosen.windows)
-    pictures = _view_pictures(recording, preprocess, wanted)
-    looks = _looks(recording, chosen.windows, wanted, pictures)
+    seen = seen_views(recording, preprocess, chosen.windows)
+    looks = _looks(recording, chosen.windows, seen)
     driven = driven_paths(recording, looks.timestamp_us, camera=preprocess.cameras[0])
     labels = label(recording, looks, driven)
     columns = _per_instant(recording, looks, driven, labels, filters)
     chosen = _of_use(recording.id, chosen, looks, columns)
-    kept = wanted_frames(chosen.windows)
+    kept, of_view = wanted_frames(chosen.windows), camera_of_view(preprocess)
+    stored = [of.stored(kept[of_view.index(camera)]) for camera, of in enumerate(seen)]
     steps = [_steps(looks, window) for window in chosen.windows]
     targets: dict[str, Any] = {name: [_flat(name, values[rows]) for rows in steps] for name, values in columns.items()}
     targets["left_hand_traffic"] = np.full(len(steps), looks.is_left_hand_traffic, dtype=np.int32)
-    table = windows_table(chosen, frame_rows(chosen.windows, kept), targets, STEP_COLUMNS)
-    pictures = tuple(map(_pictures_of, pictures, wanted, kept))
+    table = windows_table(chosen, frame_rows(chosen.windows, stored), targets, STEP_COLUMNS)
     facts = {"grid_phase_us": str(phase_us), **labels.facts}
-    return ShardTables(_frames(recording, preprocess, kept, pictures), table, chosen.dropped, facts)
+    return ShardTables(frame_batches(stored), table, chosen.dropped, facts)
 
 
 def per_view(
@@ -127,33 +125,12 @@ def _of_views(recording: Recording, window: PlannedWindow, preprocess: ModelFram
         own_us = recording.cameras[camera].timestamp_us
         index.append(nearest_to(own_us, road_us))
         times_us.append(own_us[index[-1]])
-    camera_of_view = _camera_of_view(preprocess)
+    of_view = camera_of_view(preprocess)
     return PlannedWindow(
         window.instants_us,
-        np.stack([index[camera] for camera in camera_of_view], axis=1),
-        np.stack([times_us[camera] for camera in camera_of_view], axis=1),
+        np.stack([index[camera] for camera in of_view], axis=1),
+        np.stack([times_us[camera] for camera in of_view], axis=1),
     )
-
-
-def window_pictures(
-    recording: Recording, preprocess: ModelFramePreprocess, windows: Sequence[PlannedWindow]
-) -> Iterator[Uint8Array]:
-    """Yield the pictures (num_frames, views, 6, 128, 256) of each window of views, in order.
-
-    Frames are decoded while they are asked for, and forgotten with the last window that looks at them.
-    """
-    wanted, kept = wanted_frames(windows), [dict[int, Uint8Array]() for _ in MODEL_VIEWS]
-    decoded = [_one_view(recording, preprocess, view, frames) for view, frames in enumerate(wanted)]
-    for window in windows:
-        pictures = np.empty(preprocess.window_shape, dtype=np.uint8)
-        for view, (have, more) in enumerate(zip(kept, decoded, strict=True)):
-            for gone in [frame for frame in have if frame < window.frame_index[0, view]]:
-                del have[gone]
-            for at, frame in enumerate(window.frame_index[:, view].tolist()):
-                while frame not in have:
-                    have.update([next(more)])
-                pictures[at, view] = have[frame]
-        yield pictures
 
 
 def _grid_phase_us(recording: Recording, preprocess: ModelFramePreprocess, max_age_us: int) -> int:
@@ -164,47 +141,14 @@ def _grid_phase_us(recording: Recording, preprocess: ModelFramePreprocess, max_a
     return logged_phase_us(recording, frame_us, period_us=period_us(preprocess.rate_hz), max_age_us=max_age_us)
 
 
-def _camera_of_view(preprocess: ModelFramePreprocess) -> list[int]:
-    return [min(view, len(preprocess.cameras) - 1) for view in range(len(MODEL_VIEWS))]
-
-
-def _one_view(
-    recording: Recording, preprocess: ModelFramePreprocess, view: int, frames: Int64Array
-) -> Iterator[tuple[int, Uint8Array]]:
-    camera = preprocess.cameras[_camera_of_view(preprocess)[view]]
-    for frame, (picture,) in warped_frames(
-        recording, camera, frames, MODEL_VIEWS[view : view + 1], preprocess.sampling
-    ):
-        yield frame, picture
-
-
-def _view_pictures(
-    recording: Recording, preprocess: ModelFramePreprocess, wanted: Sequence[Int64Array]
-) -> tuple[Uint8Array, ...]:
-    """Return the pictures of each view (frames, 6, 128, 256); each camera is decoded once."""
-    pictures = [np.empty((len(frames), *PICTURE_SHAPE), dtype=np.uint8) for frames in wanted]
-    camera_of_view = _camera_of_view(preprocess)
-    for number, camera in enumerate(preprocess.cameras):
-        mine = [view for view, of in enumerate(camera_of_view) if of == number]
-        views = [MODEL_VIEWS[view] for view in mine]
-        warped = warped_frames(recording, camera, wanted[mine[0]], views, preprocess.sampling)
-        for row, (_, seen) in enumerate(warped):
-            for view, picture in zip(mine, seen, strict=True):
-                pictures[view][row] = picture
-    return tuple(pictures)
-
-
-def _looks(
-    recording: Recording,
-    windows: Sequence[PlannedWindow],
-    wanted: Sequence[Int64Array],
-    pictures: tuple[Uint8Array, ...],
-) -> Looks:
+def _looks(recording: Recording, windows: Sequence[PlannedWindow], seen: Sequence[SeenViews]) -> Looks:
     """Return every instant that a window looks at, once."""
     instants_us, first = np.unique(np.concatenate([window.instants_us for window in windows]), return_index=True)
     frames = np.concatenate([window.frame_index for window in windows])[first]
     times_us = np.concatenate([window.timestamp_us for window in windows])[first, 0]
-    rows = np.stack([np.searchsorted(mine, frames[:, view]) for view, mine in enumerate(wanted)], axis=1)
+    of_view = [of.frames for of in seen for _ in of.views]
+    rows = np.stack([np.searchsorted(mine, frames[:, view]) for view, mine in enumerate(of_view)], axis=1)
+    pictures = tuple(ahead for of in seen for ahead in of.ahead())
     device = recording.device
     pulses = desire_pulses(device.desire if device else None, instants_us)
     return Looks(instants_us, times_us, pictures, rows, pulses, bool(device and device.is_right_hand_drive))
@@ -263,25 +207,5 @@ def _only(chosen: ChosenWindows, is_kept: Sequence[bool], otherwise: str) -> Cho
     return ChosenWindows(tuple(compress(chosen.windows, is_kept)), tuple(compress(chosen.splits, is_kept)), dropped)
 
 
-def _pictures_of(pictures: Uint8Array, frames: Int64Array, kept: Int64Array) -> Uint8Array:
-    """Return the pictures of those frames of one view that are kept; a copy only where some are not."""
-    return pictures if len(kept) == len(frames) else pictures[np.searchsorted(frames, kept)]
-
-
 def _flat(name: str, values: np.ndarray) -> np.ndarray:
     return values.ravel().astype(_DTYPES[name])
-
-
-def _frames(
-    recording: Recording,
-    preprocess: ModelFramePreprocess,
-    wanted: Sequence[Int64Array],
-    pictures: Sequence[Uint8Array],
-) -> pa.Table:
-    _, height, width = PICTURE_SHAPE
-    size_px = (2 * width, 2 * height)
-    cameras = [preprocess.cameras[number] for number in _camera_of_view(preprocess)]
-    return pa.concat_tables(
-        frames_table(view.name, frames, recording.cameras[camera].timestamp_us[frames], size_px, seen)
-        for view, camera, frames, seen in zip(MODEL_VIEWS, cameras, wanted, pictures, strict=True)
-    )

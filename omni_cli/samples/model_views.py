@@ -1,12 +1,13 @@
 """The views of a driving model, warped from a camera's frames with the mount that was known at each."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from omni_cli.errors import DataError
 from omni_cli.formats.video import Uint8Array
-from omni_cli.samples.camera_frames import camera_frames
+from omni_cli.samples.camera_frames import CameraFrames, camera_frames
 from omni_cli.samples.model_frames import Sampling, Warp
 from omni_cli.scene.cameras import Calibration
 from omni_cli.scene.clock import Float64Array, Int64Array, latest_at
@@ -19,36 +20,68 @@ from omni_cli.scene.recording import CameraStream, Recording
 _SAME_MOUNT_RAD = 1e-4
 
 
-def warped_frames(
-    recording: Recording, camera: str, frames: Int64Array, views: Sequence[ModelView], sampling: Sampling
-) -> Iterator[tuple[int, list[Uint8Array]]]:
-    """Yield (frame, one picture (6, 128, 256) a view) for frames of a camera, ascending.
+@dataclass(frozen=True)
+class WarpedCamera:
+    """A calibrated camera, ready to be decoded into what a model sees."""
 
-    Args:
-        recording: with the camera, its calibration, and the mount where a device logs it.
-        camera: its name.
-        frames: indices in its video, ascending and unique.
-        views: what is to be seen in each frame.
-        sampling: how pixels are taken.
+    seen: CameraFrames
+    calibration: Calibration
+    mount: MountLog | None
+
+    @property
+    def timestamp_us(self) -> Int64Array:
+        """True time of each of its frames."""
+        return self.seen.stream.timestamp_us
+
+    def frames(
+        self,
+        frames: Int64Array,
+        views: Sequence[ModelView],
+        sampling: Sampling,
+        only: Int64Array | None = None,
+    ) -> Iterator[tuple[int, list[Uint8Array]]]:
+        """Yield (frame, one picture (6, 128, 256) a view), ascending.
+
+        Args:
+            frames: indices in its video, ascending and unique; over them it is decided where the mount has changed.
+            views: what is to be seen in each frame.
+            sampling: how pixels are taken.
+            only: those of the frames that are decoded; all of them unless given.
+
+        Raises:
+            DataError: a video is damaged.
+        """
+        mounts = dict(zip(frames.tolist(), self._mounts(frames), strict=True))
+        wanted = (frames if only is None else only).tolist()
+        warps, warps_for = list[Warp](), -1
+        for frame, planes in self.seen.decode_yuv(wanted):
+            if (row := mounts[frame]) != warps_for or not warps:
+                warps, warps_for = [self._warp(view, row, sampling) for view in views], row
+            yield frame, [warp.pack(*planes) for warp in warps]
+
+    def _mounts(self, frames: Int64Array) -> list[int]:
+        rows = None if self.mount is None else mount_rows(self.mount, self.timestamp_us[frames])
+        return _settled(rows, self.mount, len(frames))
+
+    def _warp(self, view: ModelView, row: int, sampling: Sampling) -> Warp:
+        R = camera_R_calib(self.calibration, None if self.mount is None else self.mount.device_R_calib(row))
+        return Warp.of(view, self.calibration.model, R, sampling)
+
+
+def warped_camera(recording: Recording, camera: str) -> WarpedCamera:
+    """Open a camera of a recording, with the mount where a device logs it.
 
     Raises:
         DataError: the camera is not calibrated, its video is damaged or of another size.
     """
     stream = recording.cameras[camera]
-    mount = recording.device.mount if recording.device else None
     name, calibration = f"{recording.id} {camera}", known_calibration(recording, stream)
     seen = camera_frames(name, stream)
     size, expected = seen.size_px, (calibration.model.width_px, calibration.model.height_px)
     if size != expected:
         raise DataError(f"{name}: its pictures are {size[0]}x{size[1]} px, its calibration is for {expected[0]}x"
                         f"{expected[1]} px; fetch both again")  # fmt: skip
-    mounts = _settled(None if mount is None else mount_rows(mount, stream.timestamp_us[frames]), mount, len(frames))
-    warps, warps_for = list[Warp](), -1
-    for row, (frame, planes) in zip(mounts, seen.decode_yuv(frames.tolist()), strict=True):
-        if row != warps_for or not warps:
-            R = camera_R_calib(calibration, None if mount is None else mount.device_R_calib(row))
-            warps, warps_for = [Warp.of(view, calibration.model, R, sampling) for view in views], row
-        yield frame, [warp.pack(*planes) for warp in warps]
+    return WarpedCamera(seen, calibration, recording.device.mount if recording.device else None)
 
 
 def known_calibration(recording: Recording, stream: CameraStream) -> Calibration:

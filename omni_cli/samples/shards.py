@@ -20,14 +20,13 @@ from pydantic import Field
 
 from omni_cli.config import Settings, read_document
 from omni_cli.errors import DataError, UsageError
-from omni_cli.files import commit, hash_json, read_receipt, verified_receipt, write_json, write_receipt
+from omni_cli.files import commit_json, commit_stream, hash_json, read_receipt, sync_folder, verified_receipt
 from omni_cli.samples.preprocess import Preprocess
 from omni_cli.samples.splits import SplitRule
-from omni_cli.samples.tables import ShardTables
+from omni_cli.samples.tables import FRAMES, Frames, ShardTables
 
 FORMAT = 1
 MANIFEST_FILE = "manifest.json"
-FRAME_ROWS_PER_BATCH = 32
 WINDOW_ROWS_PER_BATCH = 1024
 _MAX_NAME = 200
 
@@ -127,6 +126,7 @@ class ShardSet:
 
 
 _REMAKE = "finish it with the same omni etl, and --out {}"
+DAMAGED_REMEDY = "omni audit tells what else is damaged; make the shards again with omni etl"
 
 
 def recording_folder(folder: Path, recording_id: str) -> Path:
@@ -169,13 +169,30 @@ def write_stream(table: pa.Table, stream: BinaryIO, rows_per_batch: int) -> None
 
 
 def open_stream(path: Path) -> pa.Table:
-    """Open an Arrow IPC stream by memory map; nothing but its headers is read."""
-    with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as reader:
-        return reader.read_all()
+    """Open an Arrow IPC stream by memory map; nothing but its headers is read.
+
+    Raises:
+        DataError: it is no such stream.
+    """
+    return map_stream(path)[0]
+
+
+def map_stream(path: Path) -> tuple[pa.Table, pa.Buffer]:
+    """Return the same, and the whole file as the buffer that the table's buffers are parts of."""
+    try:
+        with pa.memory_map(str(path)) as source:
+            file = source.read_buffer()
+            return pa.ipc.open_stream(pa.BufferReader(file)).read_all(), file
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"{path}: cannot be read as an Arrow stream ({' '.join(str(error).split())}); {DAMAGED_REMEDY}"
+        ) from None
 
 
 def write_recording(folder: Path, recording_id: str, tables: ShardTables, unit_key: str, **facts: Any) -> None:
     """Write one recording's tables, frames first: the receipt of its windows says that the unit is done.
+
+    The frames are decoded here, while they are written. A published manifest is taken back once they are whole.
 
     Args:
         folder: of the shard set.
@@ -185,15 +202,30 @@ def write_recording(folder: Path, recording_id: str, tables: ShardTables, unit_k
         facts: what else the receipt of the windows tells.
 
     Raises:
-        DataError: a table has a null.
+        DataError: a table has a null, or a video is damaged.
     """
-    for name, table in (("frames", tables.frames), ("windows", tables.windows)):
-        if any(column.null_count for column in table.columns):
-            raise DataError(f"{recording_id}: the {name} table has nulls; a shard holds none")
-    frames = partial(write_stream, tables.frames, rows_per_batch=FRAME_ROWS_PER_BATCH)
+    _refuse_nulls(recording_id, "windows", tables.windows)
+
+    def frames(stream: BinaryIO) -> None:
+        _write_frames(recording_id, tables.frames, stream)
+        retract_manifest(folder)
+
     windows = partial(write_stream, tables.windows, rows_per_batch=WINDOW_ROWS_PER_BATCH)
-    commit(frames_path(folder, recording_id), frames, unit_key=unit_key, rows=tables.frames.num_rows)
-    commit(windows_path(folder, recording_id), windows, unit_key=unit_key, rows=tables.windows.num_rows, **facts)
+    commit_stream(frames_path(folder, recording_id), frames, unit_key=unit_key, rows=tables.frames.num_rows)
+    commit_stream(windows_path(folder, recording_id), windows, unit_key=unit_key, rows=tables.windows.num_rows, **facts)
+
+
+def _write_frames(recording_id: str, frames: Frames, stream: BinaryIO) -> None:
+    with pa.ipc.new_stream(stream, FRAMES) as writer:
+        for batch in frames.batches():
+            _refuse_nulls(recording_id, "frames", batch)
+            writer.write_batch(batch)
+            del batch  # before the next is filled
+
+
+def _refuse_nulls(recording_id: str, name: str, table: pa.Table | pa.RecordBatch) -> None:
+    if any(column.null_count for column in table.columns):
+        raise DataError(f"{recording_id}: the {name} table has nulls; a shard holds none")
 
 
 def finished_recording(folder: Path, recording_id: str, unit_key: str) -> dict[str, Any] | None:
@@ -206,13 +238,15 @@ def finished_recording(folder: Path, recording_id: str, unit_key: str) -> dict[s
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Publish a shard set: from now on it can be opened."""
-    write_json(folder / MANIFEST_FILE, manifest.model_dump(mode="json"))
-    write_receipt(folder / MANIFEST_FILE)
+    commit_json(folder / MANIFEST_FILE, manifest.model_dump(mode="json"))
 
 
 def retract_manifest(folder: Path) -> None:
     """Take back a published shard set before one of its files changes."""
-    (folder / MANIFEST_FILE).unlink(missing_ok=True)
+    path = folder / MANIFEST_FILE
+    if path.is_file():
+        path.unlink(missing_ok=True)
+        sync_folder(folder)
 
 
 def read_manifest(path: Path) -> Manifest:

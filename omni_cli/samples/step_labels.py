@@ -49,13 +49,20 @@ class StepLabels:
     facts: dict[str, str] = field(default_factory=dict)  # of how they were computed, for provenance
 
 
+class Pictures(Protocol):
+    """The pictures (frames, 6, 128, 256) of one view; they may be decoded only now, so they are asked for in order."""
+
+    def __getitem__(self, rows: Int64Array, /) -> Uint8Array:
+        """Return the pictures of those frames."""
+
+
 @dataclass(frozen=True)
 class Looks:
     """What a driving model is shown at n instants of one recording, 0.2 s apart unless windows were dropped."""
 
     instants_us: Int64Array  # (n,) on the time grid, ascending
     timestamp_us: Int64Array  # (n,) true time of the road camera's frame
-    pictures: tuple[Uint8Array, ...]  # of each view (frames, 6, 128, 256)
+    pictures: "tuple[Pictures, ...]"  # of each view
     rows: Int64Array  # (n, views) where an instant's pictures lie in them
     desire_pulse: Int64Array  # (n,) the desire that began since the instant before, or 0
     is_left_hand_traffic: bool

@@ -4,10 +4,12 @@
 should have answered. Targets are structured, so that a shard serves any tokenizer. No column is ever null.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import pyarrow as pa
 
+FRAME_ROWS_PER_BATCH = 32
 FRAMES = pa.schema(
     [
         pa.field("camera", pa.string(), nullable=False),  # or the view of one, where it gives several
@@ -47,6 +49,18 @@ def _per_step(name: str, type_: pa.DataType) -> pa.Field:
     return pa.field(name, pa.list_(pa.field("item", type_, nullable=False)), nullable=False)
 
 
+# Of the car's poses around a window's last instant, in the rig frame at that instant: x forward, y left, z up
+WAYPOINT_COLUMNS = (
+    _per_step("future_xyz_m", pa.float64()),  # 64 x 3, after 0.1, 0.2 ... 6.4 s
+    _per_step("future_yaw_rad", pa.float64()),  # 64
+    _per_step("history_xyz_m", pa.float64()),  # 16 x 3, 1.5, 1.4 ... 0 s before; the last is zero
+    _per_step("history_yaw_rad", pa.float64()),  # 16
+    _per_step("acceleration_mps2", pa.float64()),  # 64, of the unicycle that drives the future
+    _per_step("curvature_per_m", pa.float64()),  # 64
+    pa.field("end_speed_mps", pa.float64(), nullable=False),  # forward, by the history; where the actions begin
+)
+REASONING_COLUMNS = (pa.field("reasoning", pa.string(), nullable=False),)  # why the car drives on as it does
+
 # Of the n steps of a window, one after the other, each at the true time of its newer frame; in calib
 STEP_COLUMNS = (
     _per_step("driven_xy_m", pa.float32()),  # n x 33 x 2 path truly driven after the step, at the model's times
@@ -73,10 +87,26 @@ def windows_schema(targets: tuple[pa.Field, ...]) -> pa.Schema:
 
 
 @dataclass(frozen=True)
+class Frames:
+    """The frames of a recording, made while they are asked for: its pictures together may exceed the memory."""
+
+    num_rows: int
+    batches: Callable[[], Iterator[pa.RecordBatch]]  # FRAME_ROWS_PER_BATCH rows each, the last one fewer
+
+    def read_all(self) -> pa.Table:
+        """Return the whole table, for a recording that is known to be short.
+
+        Raises:
+            DataError: a video is damaged.
+        """
+        return pa.Table.from_batches(self.batches(), FRAMES)
+
+
+@dataclass(frozen=True)
 class ShardTables:
     """One recording, ready to be written."""
 
-    frames: pa.Table
+    frames: Frames
     windows: pa.Table
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> windows that were refused
     facts: dict[str, str] = field(default_factory=dict)  # what was chosen for this recording, for provenance

@@ -11,10 +11,11 @@ import pyarrow as pa
 from omni_cli.errors import DataError
 from omni_cli.formats.video import Uint8Array
 from omni_cli.samples.camera_frames import camera_frames
+from omni_cli.samples.frame_batches import StoredViews, frame_batches, row_of_view
 from omni_cli.samples.labels import ego_motion_columns, motion_timestamps_us
 from omni_cli.samples.preprocess import Preprocess
 from omni_cli.samples.sync import PlannedWindow, WindowPlan, common_span_us, plan_windows
-from omni_cli.samples.tables import EGO_MOTION_COLUMNS, FRAMES, ShardTables, windows_schema
+from omni_cli.samples.tables import EGO_MOTION_COLUMNS, ShardTables, windows_schema
 from omni_cli.samples.tiling import TiledPreprocess
 from omni_cli.scene.clock import Int64Array
 from omni_cli.scene.recording import CameraStream, Recording
@@ -47,6 +48,11 @@ class ChosenWindows:
     splits: tuple[str, ...]
     dropped: dict[str, int]
 
+    @property
+    def spans_us(self) -> Int64Array:
+        """First and last instant of each window (windows, 2)."""
+        return np.array([(window.start_us, window.end_us) for window in self.windows], dtype=np.int64).reshape(-1, 2)
+
 
 def ego_motion_tables(
     recording: Recording,
@@ -68,13 +74,37 @@ def ego_motion_tables(
     Raises:
         DataError: a camera or the ego motion is missing, a video is damaged, or no window is left.
     """
-    streams = camera_streams(recording, preprocess.cameras)
     chosen = choose_windows(recording, preprocess, stride=stride, max_age_us=max_age_us, assign_split=assign_split)
-    wanted = wanted_frames(chosen.windows)
-    spans_us = np.array([(window.start_us, window.end_us) for window in chosen.windows], dtype=np.int64)
-    targets = ego_motion_columns(recording, spans_us)
-    table = windows_table(chosen, frame_rows(chosen.windows, wanted), targets, EGO_MOTION_COLUMNS)
-    return ShardTables(_frames_table(recording.id, streams, wanted, preprocess), table, chosen.dropped)
+    targets = ego_motion_columns(recording, chosen.spans_us)
+    return tiled_tables(recording, preprocess, chosen, targets, EGO_MOTION_COLUMNS)
+
+
+def tiled_tables(
+    recording: Recording,
+    preprocess: TiledPreprocess,
+    chosen: ChosenWindows,
+    targets: Mapping[str, Any],
+    columns: Sequence[pa.Field],
+) -> ShardTables:
+    """Return the windows, and the frames that they look at, which are decoded when they are asked for.
+
+    Args:
+        recording: with the cameras of `preprocess`.
+        preprocess: cameras, canvas, decoder.
+        chosen: the windows.
+        targets: by column, one value a window.
+        columns: of the targets.
+
+    Raises:
+        DataError: a camera is missing, or a video is damaged.
+    """
+    streams, wanted = camera_streams(recording, preprocess.cameras), wanted_frames(chosen.windows)
+    stored = [
+        _stored(f"{recording.id} {stream.name}", stream, frames, preprocess)
+        for stream, frames in zip(streams.values(), wanted, strict=True)
+    ]
+    table = windows_table(chosen, frame_rows(chosen.windows, stored), targets, columns)
+    return ShardTables(frame_batches(stored), table, chosen.dropped)
 
 
 def choose_windows(
@@ -97,6 +127,17 @@ def choose_windows(
     plan = plan_cameras(
         recording, preprocess.cameras, preprocess, stride=stride, max_age_us=max_age_us, phase_us=phase_us
     )
+    return split_windows(plan, recording, preprocess, assign_split)
+
+
+def split_windows(
+    plan: WindowPlan, recording: Recording, preprocess: Preprocess, assign_split: AssignSplit
+) -> ChosenWindows:
+    """Give each planned window its split; arguments as for `choose_windows`.
+
+    Raises:
+        DataError: no window is left.
+    """
     splits = [assign_split(window.start_us, window.end_us) for window in plan.windows]
     kept = [(window, split) for window, split in zip(plan.windows, splits, strict=True) if split is not None]
     dropped = Counter(plan.dropped)
@@ -200,54 +241,27 @@ def windows_table(
     return pa.table(values, schema=windows_schema(tuple(columns)))
 
 
-def frame_rows(windows: Sequence[PlannedWindow], wanted: Sequence[Int64Array]) -> list[Int64Array]:
-    """Return for each window the rows of a frames table that holds `wanted` camera after camera, time-major."""
-    first_row = np.concatenate([[0], np.cumsum([len(frames) for frames in wanted])])[:-1]
-    rows = []
+def frame_rows(windows: Sequence[PlannedWindow], stored: Sequence[StoredViews]) -> list[Int64Array]:
+    """Return for each window the rows of the frames table in which `stored` lies, time-major."""
+    frames = [of.frame_index for of in stored for _ in of.names]
+    views = list(enumerate(zip(frames, row_of_view(stored), strict=True)))
+    found = []
     for window in windows:
-        columns = [np.searchsorted(frames, window.frame_index[:, camera]) for camera, frames in enumerate(wanted)]
-        rows.append(np.asarray((np.stack(columns, axis=1) + first_row).ravel().astype(np.int32)))
-    return rows
+        columns = [rows[np.searchsorted(index, window.frame_index[:, view])] for view, (index, rows) in views]
+        found.append(np.stack(columns, axis=1).ravel())
+    return found
 
 
-def _frames_table(
-    recording_id: str, streams: Mapping[str, CameraStream], wanted: Sequence[Int64Array], preprocess: TiledPreprocess
-) -> pa.Table:
-    parts = [
-        _camera_frames(f"{recording_id} {stream.name}", stream, frames, preprocess)
-        for stream, frames in zip(streams.values(), wanted, strict=True)
-    ]
-    return pa.concat_tables(parts)
+def _stored(name: str, stream: CameraStream, frames: Int64Array, preprocess: TiledPreprocess) -> StoredViews:
+    camera = camera_frames(name, stream)
+    width, height = preprocess.fit_in_cell(*camera.size_px)
 
+    def decode() -> Iterator[tuple[Uint8Array]]:
+        decoded = camera.decode(frames.tolist(), width_px=width, height_px=height, decoder=preprocess.decoder)
+        return ((picture,) for _, picture in decoded)
 
-def _camera_frames(name: str, stream: CameraStream, frames: Int64Array, preprocess: TiledPreprocess) -> pa.Table:
-    width, height, decoded = decode_camera(name, stream, frames, preprocess)
-    pictures = np.empty((len(frames), height, width, 3), dtype=np.uint8)
-    for row, (_, picture) in enumerate(decoded):
-        pictures[row] = picture
-    return frames_table(stream.name, frames, stream.timestamp_us[frames], (width, height), pictures)
-
-
-def frames_table(
-    view: str, frames: Int64Array, timestamp_us: Int64Array, size_px: tuple[int, int], pictures: Uint8Array
-) -> pa.Table:
-    """Return the frames of one view.
-
-    Args:
-        view: its name.
-        frames: (n,) index of each in its camera's video.
-        timestamp_us: (n,) its true time.
-        size_px: width and height.
-        pictures: (n, ...) uint8.
-    """
-    columns = [
-        pa.array([view] * len(frames), pa.string()),
-        pa.array(frames, pa.int32()),
-        pa.array(timestamp_us, pa.int64()),
-        *(pa.array(np.full(len(frames), side, dtype=np.int32)) for side in size_px),
-        _binary_column(pictures),
-    ]
-    return pa.Table.from_arrays(columns, schema=FRAMES)
+    times_us, size = stream.timestamp_us[frames], width * height * 3
+    return StoredViews((stream.name,), frames, times_us, (width, height), size, decode)
 
 
 def decode_camera(
@@ -274,11 +288,3 @@ def decode_camera(
         width, height = preprocess.fit_in_cell(*camera.size_px)
     decoded = camera.decode(frames.tolist(), width_px=width, height_px=height, decoder=preprocess.decoder)
     return width, height, decoded
-
-
-def _binary_column(pictures: np.ndarray) -> pa.Array:
-    """Wrap pictures (n, ...) as n binary values without copying them."""
-    size = pictures[0].nbytes
-    offsets = np.arange(len(pictures) + 1, dtype=np.int64) * size
-    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(pictures)]
-    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(pictures), buffers)

@@ -225,7 +225,7 @@ def _camera_stream(segment: _Segment, time_us: Int64Array, mount: MountLog) -> C
     if layout.VIDEO_FILE not in segment.files:
         raise DataError(f"{segment.name}: has no {layout.VIDEO_FILE}, only poses and logs; {_AGAIN}")
     path = segment.files[layout.VIDEO_FILE]
-    info = video.probe(path.read_bytes(), str(path))
+    info = video.probe(VideoLocation(path), str(path))
     if info.num_frames != len(time_us):
         raise DataError(f"{path}: holds {info.num_frames} frames for {len(time_us)} frame times; {_AGAIN}")
     model = _camera_model(info, str(path))

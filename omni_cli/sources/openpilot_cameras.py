@@ -161,7 +161,7 @@ def segment_video(
     Raises:
         DataError: the video is damaged, has no times, disagrees with the log, or does not follow the one before.
     """
-    info = video.probe(path.read_bytes(), str(path))
+    info = video.probe(VideoLocation(path), str(path))
     times_us = _container_times_us if camera.has_own_times else _logged_times_us
     found = SegmentVideo(path, info, times_us(info, logged_us, is_truncated, str(path)))
     if before is not None:

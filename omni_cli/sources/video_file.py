@@ -30,7 +30,7 @@ def open_video(path: Path, camera: str) -> CameraStream:
     """
     if not path.is_file():
         raise UsageError(f"no video file {path}; give the path of a clip such as clip.mp4")
-    info = video.probe(path.read_bytes(), str(path))
+    info = video.probe(VideoLocation(path), str(path))
     if not info.num_frames:
         raise DataError(f"{path}: holds no frame; check the file")
     if not len(info.pts_us):

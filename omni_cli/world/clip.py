@@ -4,6 +4,7 @@ Every random number comes from (seed, chunk, index) and from what it is for, so 
 in whatever order, and a camera's pictures do not depend on which other cameras are asked for.
 """
 
+import math
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ class SyntheticSpec:
             raise UsageError(f"clutter {self.clutter}: expected 0 (an empty road) to 1 (a town)")
         if self.roads not in ROADS:
             raise UsageError(f"unknown roads {self.roads!r}; known: {', '.join(ROADS)}")
-        if self.seconds * self.fps < 2 or not 1 <= self.clips_per_chunk <= 100:
+        if not 2 <= self.seconds * self.fps < math.inf or not 1 <= self.clips_per_chunk <= 100:
             raise UsageError("a synthetic clip needs two frames or more, and a chunk holds 1 to 100 clips")
 
 

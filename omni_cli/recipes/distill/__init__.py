@@ -228,7 +228,9 @@ class Distill(Settings):
         """The ends of its steps that no window speaks for: where windows overlap, the earlier has the longer memory."""
         return [at for at in range(1, len(instants_us)) if int(instants_us[at]) not in spoken_us]
 
-    def strokes(self, recording: Recording, values: Mapping[str, Any], at: int, at_us: int) -> Sequence[Stroke]:
+    def strokes(
+        self, recording: Recording, values: Mapping[str, Any], at: int, at_us: int, instant_us: int
+    ) -> Sequence[Stroke]:
         """Return the plan, lanes, edges and leads of the step that ends at an instant."""
         return drawing.strokes(recording, expand_cameras(self.sample.cameras)[0], values, at, at_us)
 

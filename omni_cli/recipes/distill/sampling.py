@@ -15,7 +15,8 @@ from omni_cli.recipes.distill.rows import unlabelled
 from omni_cli.recipes.distill.settings import DistillSample
 from omni_cli.recipes.distill.teaching import identity
 from omni_cli.samples.driven_path import driven_paths
-from omni_cli.samples.driving_windows import UNPAIRED, per_view, window_pictures
+from omni_cli.samples.driving_pictures import window_pictures
+from omni_cli.samples.driving_windows import UNPAIRED, per_view
 from omni_cli.samples.model_steps import ModelFramePreprocess
 from omni_cli.samples.model_views import known_calibration
 from omni_cli.samples.step_labels import desire_pulses

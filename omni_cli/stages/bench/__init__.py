@@ -4,5 +4,6 @@ Everything is synchronised with the device, warmed up and repeated; what is comp
 """
 
 from omni_cli.stages.bench.stage import PARTS, BenchRequest, bench
+from omni_cli.stages.bench.texture import FULL_HD
 
-__all__ = ["PARTS", "BenchRequest", "bench"]
+__all__ = ["FULL_HD", "PARTS", "BenchRequest", "bench"]

@@ -1,5 +1,6 @@
 """What is measured on: the user's own newest data where they fit, else a small synthetic drive made for the moment."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -12,17 +13,27 @@ from omni_cli.formats.physical_ai_av import CAMERAS
 from omni_cli.report import Console
 from omni_cli.samples.preprocess import Preprocess
 from omni_cli.samples.shards import ShardSet, open_shards
+from omni_cli.samples.tiling import TiledPreprocess
+from omni_cli.samples.waypoints import HORIZON_US, PAST_US
+from omni_cli.scene.clock import MICROSECONDS_PER_SECOND
 from omni_cli.scene.recording import Recording
 from omni_cli.sources import open_source
 from omni_cli.stages import locate, runs
+from omni_cli.stages.bench.texture import TextureSpec, texture_video
 from omni_cli.stages.etl import EtlRequest, etl
 from omni_cli.stages.fitting import check_fit
 from omni_cli.world.clip import SyntheticSpec
 from omni_cli.world.dataset import render_clip, write_chunk, write_indices
 
 _SYNTHETIC_FPS = 20
-_WINDOWS_A_CLIP = 5
+_WINDOWS_A_CLIP, _WINDOWS_A_TEXTURE = 5, 3
 _RECORDINGS_TRIED = 3
+
+
+def _beyond_s(preprocess: Preprocess) -> float:
+    """Return how much must be known of the motion around a window, beyond its own instants."""
+    looks_far = isinstance(preprocess, TiledPreprocess) and preprocess.labels in ("waypoints", "reasoning")
+    return (HORIZON_US + PAST_US) / MICROSECONDS_PER_SECOND if looks_far else 0.0
 
 
 @dataclass(frozen=True)
@@ -47,12 +58,14 @@ class Inputs:
         console: Console,
         teacher: tuple[Path, ...] = (),
         run: runs.Run | None = None,
+        texture: TextureSpec | None = None,
     ) -> None:
         self.recipe = recipe
         self.preprocess: Preprocess = recipe.preprocess()
         self.work = work
         self.console = console
         self.teacher = teacher  # ONNX files that the user named
+        self.texture = texture  # of the video that stands in where the user's are easier to decode
         self._data, self._runs, self._named = data, runs_folder, run
 
     @cached_property
@@ -107,16 +120,42 @@ class Inputs:
         request = EtlRequest(found.folder, found.source, self.work / "shards", workers=0, split_file=chosen)
         return open_shards(Path(etl(self.recipe, request, Console(quiet=True))["shards"]))
 
+    def textured(self, texture: TextureSpec, why: str) -> Found | None:
+        """Return a synthetic drive whose cameras all show one video of texture; None where it has no such camera."""
+        if unknown := [name for name in self.preprocess.cameras if name not in CAMERAS]:
+            self.console.say(
+                f"{why}; a texture to measure on is left out: the synthetic world has no camera {unknown[0]}"
+            )
+            return None
+        seconds = math.ceil(self._seconds(_WINDOWS_A_TEXTURE))
+        self.console.say(f"{why}: measuring on {seconds} s of moving texture too, the same for each camera")
+        spec = SyntheticSpec(
+            clips_per_chunk=1,
+            seconds=seconds,
+            fps=texture.fps,
+            width_px=texture.width_px,
+            height_px=texture.height_px,
+            cameras=self.preprocess.cameras,
+        )
+        return self._written("texture", spec, texture_video(texture, seconds))
+
     def _synthetic(self, why: str) -> Found:
         preprocess = self.preprocess
         if unknown := [name for name in preprocess.cameras if name not in CAMERAS]:
             raise UsageError(f"{why}, and the synthetic world has no camera {unknown[0]}; name data with --data")
-        frames = preprocess.num_frames + (_WINDOWS_A_CLIP - 1) * self.recipe.sample.stride
-        seconds = round(frames / preprocess.rate_hz + 1, 1)
+        seconds = round(self._seconds(_WINDOWS_A_CLIP) + 1, 1)
         spec = SyntheticSpec(clips_per_chunk=1, seconds=seconds, fps=_SYNTHETIC_FPS, cameras=preprocess.cameras)
         self.console.say(f"{why}: measuring on a synthetic drive of {seconds:g} s, {spec.width_px}x{spec.height_px} px")
-        folder = self.work / "synthetic"
-        write_chunk(folder, spec, 0, [render_clip(spec, 0, 0)])
+        return self._written("synthetic", spec)
+
+    def _seconds(self, windows: int) -> float:
+        """Return how long a drive must be for so many windows."""
+        instants = self.preprocess.num_frames + (windows - 1) * self.recipe.sample.stride
+        return float(instants / self.preprocess.rate_hz + _beyond_s(self.preprocess))
+
+    def _written(self, name: str, spec: SyntheticSpec, video: bytes | None = None) -> Found:
+        folder, preprocess = self.work / name, self.preprocess
+        write_chunk(folder, spec, 0, [render_clip(spec, 0, 0, video)])
         write_indices(folder, spec, (0,))
         reader = open_source("synthetic", folder)
         return Found(reader.open(reader.recordings()[0].id, preprocess.cameras), "synthetic", folder)

@@ -1,51 +1,89 @@
-"""How fast recordings become shards."""
+"""How fast recordings become shards, and what share of that time a bare decoder takes."""
 
-from collections.abc import Callable
-from functools import partial
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
-from omni_cli.formats.video import decode_only
 from omni_cli.models.host_memory import keep_freed_blocks
-from omni_cli.samples.shards import write_recording
-from omni_cli.samples.tables import ShardTables
-from omni_cli.samples.windows import span_us
-from omni_cli.scene.clock import MICROSECONDS_PER_SECOND
 from omni_cli.sources import open_source
-from omni_cli.stages.bench.inputs import Inputs
-from omni_cli.stages.bench.timing import Line, Part, measure, summed
+from omni_cli.stages.bench.inputs import Found, Inputs
+from omni_cli.stages.bench.subject import Subject
+from omni_cli.stages.bench.timing import Line, Part, Timing, measure
 
-_WHOLE, _OPEN, _MAKER, _WRITE = "a recording", "open it, read its log", "decode, resize and cut", "write and hash"
-_DECODE = "decode alone"
+WHOLE, DECODE = "a recording", "decode alone"
+_OPEN, _PICTURES = "open it, read its log", "decode and scale, nothing written"
 
 
 def bench_etl(inputs: Inputs, repeats: int) -> Part:
-    """Time all that etl does to one recording, beside a decoder that keeps nothing."""
-    found, preprocess, maker = inputs.found, inputs.preprocess, inputs.recipe.table_maker()
-    recording, reader = found.recording, open_source(found.source, found.folder)
-    videos = [(name, video) for name in preprocess.cameras for video in recording.cameras[name].videos]
+    """Time all that etl does to one recording, beside a decoder that keeps nothing, in turn.
 
-    def make() -> ShardTables:
-        tables: ShardTables = maker(recording, preprocess, assign_split=lambda _start_us, _end_us: "train")
-        return tables
-
-    def decode() -> int:
-        return sum(decode_only(video.read(), name) for name, video in videos)
-
+    Where the user's videos are smaller than 1080p or of few bits, the same is measured on a texture that is neither.
+    """
     keep_freed_blocks()  # as etl does
-    tables, frames = make(), decode()
-    parts: dict[str, Callable[[], object]] = {
-        _OPEN: partial(reader.open, recording.id, preprocess.cameras),
-        _MAKER: make,
-        _WRITE: partial(write_recording, inputs.work / "unit", recording.id, tables, "bench"),
+    found = inputs.found
+    own = _subject(inputs, found)
+    video = own.video
+    measured = _measured(own, f"{own.recording.id} of {found.folder}", repeats)
+    if inputs.texture is None or video.is_hard:
+        return measured
+    textured = inputs.textured(inputs.texture, f"{found.folder} holds {video}")
+    if textured is None:
+        return measured
+    return _both(measured, _measured(_subject(inputs, textured), "a drive past texture", repeats))
+
+
+def _subject(inputs: Inputs, found: Found) -> Subject:
+    reader, unit = open_source(found.source, found.folder), inputs.work / f"unit-{found.folder.name}"
+    return Subject.of(found.recording, reader, inputs.preprocess, inputs.recipe.table_maker(), unit)
+
+
+@dataclass
+class _Timed:
+    """A piece of work that notes its CPU time too: what is waited for, a disk or another process, is not in that."""
+
+    work: Callable[[], object]
+    cpu_s: list[float] = field(default_factory=list)
+
+    def __call__(self) -> None:
+        began_s = time.process_time()
+        self.work()
+        self.cpu_s.append(time.process_time() - began_s)
+
+
+def _measured(subject: Subject, where: str, repeats: int) -> Part:
+    work = {
+        WHOLE: subject.whole,
+        _OPEN: subject.open,
+        _PICTURES: subject.pictures,
+        DECODE: subject.decode_alone,
+        **subject.other_ways,
     }
-    timings = measure({**parts, _DECODE: decode}, repeats)
-    whole = summed([timings[name] for name in parts])
-    first_us, last_us = span_us(recording, preprocess.cameras)
-    driven = {"s of driving": (last_us - first_us) / MICROSECONDS_PER_SECOND}
-    made = {"frames": frames, "pictures": tables.frames.num_rows, "windows": tables.windows.num_rows, **driven}
-    stored_mb = {"MB": tables.frames.nbytes / 1e6}
-    amounts = {_WHOLE: driven, _OPEN: {}, _MAKER: made, _WRITE: stored_mb, _DECODE: {"frames": frames}}
-    lines = tuple(Line(name, (timings | {_WHOLE: whole})[name], amount) for name, amount in amounts.items())
-    ratios = {f"{name} / {_WHOLE}, in time": timings[name].median_s / whole.median_s for name in parts}
-    ratios[f"{_DECODE} / {_WHOLE}, in time"] = timings[_DECODE].median_s / whole.median_s
-    on = f"{recording.id} of {found.folder}, {len(preprocess.cameras)} cameras, one process"
-    return Part("etl", on, lines, ratios)
+    timed = {name: _Timed(one) for name, one in work.items()}
+    timings = measure(timed, repeats)
+    cpu_s = {name: statistics.median(one.cpu_s[1:]) for name, one in timed.items()}  # the first was the warm-up
+    frames = subject.decode_alone()
+    amounts = _amounts(subject, frames)
+    lines = tuple(Line(name, timings[name], amounts.get(name, {}), {"cpu_s": cpu_s[name]}) for name in timed)
+    cameras = len(subject.preprocess.cameras)
+    on = f"{where}, {cameras} cameras, {subject.video}, {frames} frames of them, one process, one thread"
+    return Part("etl", on, lines, _shares(timings, cpu_s))
+
+
+def _amounts(subject: Subject, frames: int) -> Mapping[str, Mapping[str, float]]:
+    made = {"camera-frames": frames, "pictures": subject.num_pictures, "windows": subject.windows.num_rows}
+    stored = {"MB": subject.stored_bytes / 1e6, "s of driving": subject.driven_s}
+    return {WHOLE: {**made, **stored}, DECODE: {"camera-frames": frames}}
+
+
+def _shares(timings: Mapping[str, Timing], cpu_s: Mapping[str, float]) -> dict[str, float]:
+    """Return how long other work takes beside the whole: the speed of the decoder is what etl cannot exceed."""
+    whole_s = timings[WHOLE].median_s
+    of_time = {f"{name} / {WHOLE}, in time": one.median_s / whole_s for name, one in timings.items() if name != WHOLE}
+    return of_time | {f"{DECODE} / {WHOLE}, in CPU time": cpu_s[DECODE] / cpu_s[WHOLE]}
+
+
+def _both(own: Part, hard: Part) -> Part:
+    lines = tuple(Line(f"texture: {line.what}", line.timing, line.amounts, line.notes) for line in hard.lines)
+    ratios = {f"texture: {name}": ratio for name, ratio in hard.ratios.items()}
+    return Part(own.name, f"{own.on}; {hard.on}", (*own.lines, *lines), {**own.ratios, **ratios})

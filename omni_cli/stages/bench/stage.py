@@ -18,6 +18,7 @@ from omni_cli.stages.bench.latency import bench_export, find_export
 from omni_cli.stages.bench.loader import bench_loader
 from omni_cli.stages.bench.recordings import bench_etl
 from omni_cli.stages.bench.steps import bench_train
+from omni_cli.stages.bench.texture import TextureSpec
 from omni_cli.stages.bench.timing import Line, Part
 from omni_cli.stages.runs import Run
 
@@ -41,6 +42,7 @@ class BenchRequest:
     repeats: int = 5
     teacher: tuple[Path, ...] = ()  # its ONNX files, to be measured beside the run's; empty: those of the settings
     run: Run | None = None  # whose settings the recipe has; None: the newest that has the recipe's
+    texture: TextureSpec | None = None  # what etl is measured on too where the user's videos are easier to decode
 
 
 def bench(recipe: Any, request: BenchRequest, console: Console) -> dict[str, Any]:
@@ -53,7 +55,14 @@ def bench(recipe: Any, request: BenchRequest, console: Console) -> dict[str, Any
         raise UsageError(f"nothing to measure called {request.part!r}; {nearest(request.part, PARTS)}")
     with TemporaryDirectory(prefix="omni-bench-") as work:
         inputs = Inputs(
-            recipe, request.data, request.runs, Path(work), console=console, teacher=request.teacher, run=request.run
+            recipe,
+            request.data,
+            request.runs,
+            Path(work),
+            console=console,
+            teacher=request.teacher,
+            run=request.run,
+            texture=request.texture,
         )
         parts = [_measure(name, inputs, request.repeats) for name in _chosen(request, inputs, console)]
     device, threads = _device(), torch.get_num_threads()
