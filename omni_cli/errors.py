@@ -15,6 +15,7 @@ _REMEDIES = {
     errno.EROFS: "choose another folder",
     errno.EACCES: "choose another folder, or ask for the right to it",
     errno.EPERM: "choose another folder, or ask for the right to it",
+    errno.EEXIST: "a folder was expected there; choose another",
     errno.ENOTDIR: "a folder was expected there; choose another",
     errno.EISDIR: "a file was expected there; choose another",
     errno.ENOSPC: "free the disk and run the same command again",

@@ -192,12 +192,12 @@ def read_receipt(path: Path) -> dict[str, Any] | None:
     """Return the receipt of an artefact, or None where there is none that can be read."""
     try:
         receipt = read_json(receipt_path(path))
-    except (FileNotFoundError, ValueError):
+        if not isinstance(receipt, dict):
+            return None
+        proof = receipt.pop(RECEIPT_PROOF, None)  # receipts of omni 0.2 have none
+        return receipt if proof in (None, hash_json(receipt)) else None
+    except (FileNotFoundError, ValueError):  # an infinite number, which JSON does not know, has no hash
         return None
-    if not isinstance(receipt, dict):
-        return None
-    proof = receipt.pop(RECEIPT_PROOF, None)  # receipts of omni 0.2 have none
-    return receipt if proof in (None, hash_json(receipt)) else None
 
 
 def verified_receipt(path: Path, *, expect: Mapping[str, Any] | None = None) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ import pytest
 from huggingface_hub import constants
 
 from omni_cli import files
+from omni_cli.__main__ import run
 from omni_cli.errors import DataError, OmniError, UsageError
 from omni_cli.formats.physical_ai_av import CAMERA_SETS, CAMERAS, CLIP_INDEX_FILE, FEATURES
 from omni_cli.report import Console
@@ -238,7 +239,7 @@ def test_a_dry_run_names_bytes_and_touches_nothing(hub, repository, tmp_path, ca
 
 
 def test_too_much_for_the_disk_or_for_the_user_is_refused_before_it_starts(hub, tmp_path, monkeypatch):
-    with pytest.raises(UsageError, match=r"the plan is 0\.003\d* GB and --max-gb allows 0\.001; .*--max-gb 1"):
+    with pytest.raises(UsageError, match=r"the plan is 0\.004 GB and --max-gb allows 0\.001; .*--max-gb 1"):
         get(tmp_path, max_gb=0.001)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 1000))
@@ -324,6 +325,22 @@ def test_requests_that_cannot_be_are_refused(tmp_path):
         get(tmp_path, source="openpilott")
     with pytest.raises(UsageError, match="omni fetch --source openpilot --from ROUTES"):
         get(tmp_path, source="openpilot")
+
+
+def test_a_file_in_the_place_of_a_folder_is_one_line(tmp_path, capsys):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "synthetic").touch()
+    assert run(["fetch", "--source", "synthetic", "--chunks", "1", "--data", str(tmp_path)]) == 1
+    told = capsys.readouterr().err
+    assert told.endswith("raw/synthetic: file exists; a folder was expected there; choose another\n")
+    assert told.count("\n") == 1
+    for seconds in ("nan", "inf"):
+        assert run(["fetch", "--source", "synthetic", "--chunks", "1", "--seconds", seconds]) == 2
+
+
+def test_what_fetches_does_not_import_torch():
+    code = "import sys, omni_cli.stages.fetch; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_selection():

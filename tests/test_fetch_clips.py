@@ -1,5 +1,6 @@
 """`omni fetch --clips` against a loopback hub: parts of chunk zips by ranges, compared with the chunks themselves."""
 
+import contextlib
 import io
 import signal
 import struct
@@ -14,11 +15,15 @@ import pytest
 from huggingface_hub import constants
 
 from omni_cli import files
-from omni_cli.errors import OmniError
+from omni_cli.downloads import Meter, RemoteFile
+from omni_cli.errors import DataError, OmniError
 from omni_cli.formats.physical_ai_av import FEATURES
 from omni_cli.sources.physical_ai_av import PhysicalAiAv
+from omni_cli.sources.zip_members import read_directory
 from omni_cli.sources.zip_ranges import MAX_DIRECTORY_BYTES, remote_members, spans_of
 from omni_cli.stages.fetch.directories import FOLDER as DIRECTORIES
+from omni_cli.stages.fetch.directories import read_directory as read_far_directory
+from omni_cli.stages.fetch.partial import Piece, fetch_clips
 from omni_cli.world.dataset import SyntheticSpec, clip_id, render_clip, write_chunk, write_indices
 from tests.support import pai
 from tests.support.clips import (
@@ -79,6 +84,19 @@ def test_more_clips_unite_and_the_same_bytes_come_whatever_the_order(hub, reposi
     assert get(one, CLIPS[0])["fetched"] == 0
     assert files.read_receipt(zip_of(one))["clips"] == [CLIPS[0], CLIPS[2]]
     assert hub.log == []
+
+
+def test_clips_that_another_process_brought_count_as_come(hub, tmp_path):
+    get(tmp_path, CLIPS[0])
+    stored = hub.stored[FEATURES[FRONT].chunk_path(0)]
+    file, content = RemoteFile(stored.path, stored.size, stored.git_sha1, stored.sha256), stored.place.read_bytes()
+    directory = read_far_directory(file, lambda at, size: content[at : at + size])
+    missing = tuple(member for member in directory if member.clip == CLIPS[0])
+    piece, shown = Piece(file, clips=CLIPS[:1], directory=directory, missing=missing), []
+    meter = Meter(shown.append)
+    meter.add(10**6 - piece.transfer_bytes)  # it shows whole megabytes
+    fetch_clips(None, piece, zip_of(tmp_path), tmp_path / "staging", meter)
+    assert shown == [1]
 
 
 def test_the_whole_chunk_replaces_its_part_and_is_never_replaced(hub, repository, tmp_path):
@@ -199,6 +217,11 @@ def no_zip(content, _):
     return content[: len(content) // 2]
 
 
+def of_another_time(content, name):
+    entry = content.rindex(name.encode()) - 46
+    return content[: entry + 6] + bytes([200]) + content[entry + 7 :]
+
+
 @pytest.mark.fault("F13", "F14")
 @pytest.mark.parametrize(
     ("lie", "message"),
@@ -213,6 +236,7 @@ def no_zip(content, _):
         (million, rf"its directory is longer than {MAX_DIRECTORY_BYTES} bytes"),
         (escaping, "has a name that leaves its folder"),
         (no_zip, "not a zip of stored members"),
+        (of_another_time, r"not a zip of stored members \(zip file version 20\.0\)"),
     ],
 )
 def test_a_zip_that_lies_fails_alone(hub, repository, tmp_path, lie, message):
@@ -224,6 +248,24 @@ def test_a_zip_that_lies_fails_alone(hub, repository, tmp_path, lie, message):
     assert members_of(zip_of(tmp_path, REAR)) == of_clips(repository, {CLIPS[1]}, REAR)
     assert hub.sent(FRONT) < 2 * MAX_DIRECTORY_BYTES
     assert not list(tmp_path.rglob("*.part"))
+
+
+@pytest.mark.fault("F13")
+def test_no_flipped_bit_of_a_directory_is_more_than_bad_data(tmp_path):
+    target, path = io.BytesIO(), tmp_path / "chunk.zip"
+    with zipfile.ZipFile(target, "w") as archive:
+        for clip in CLIPS[:2]:
+            archive.writestr(f"{clip}.mp4", b"video")
+    whole = target.getvalue()
+    for at in range(whole.index(b"PK\x01\x02"), len(whole)):
+        for bit in range(8):
+            content = bytearray(whole)
+            content[at] ^= 1 << bit
+            path.write_bytes(content)
+            with contextlib.suppress(DataError):
+                read_directory(path)
+            with contextlib.suppress(DataError):
+                remote_members("x", len(content), lambda start, size, content=content: bytes(content)[start:][:size])
 
 
 def test_spans_join_neighbours_alone(repository):

@@ -1,9 +1,13 @@
 """What a fetch tells: features, estimates, limits, the manifest, absent files, names that the hub gives, offline."""
 
 import hashlib
+import os
+import shutil
 import subprocess
 import sys
+import threading
 import time
+from collections import namedtuple
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,12 +15,16 @@ import pytest
 from huggingface_hub import constants
 
 from omni_cli import files
+from omni_cli.downloads import Meter, RemoteFile, claimed
 from omni_cli.errors import DataError, OmniError, UsageError
 from omni_cli.formats.physical_ai_av import CLIP_INDEX_FILE, FEATURES, REASONING_FILE
 from omni_cli.report import Console
 from omni_cli.sources.physical_ai_av import PhysicalAiAv
+from omni_cli.sources.quarantine import move_to_quarantine
 from omni_cli.stages.etl import EtlRequest, etl
 from omni_cli.stages.fetch import feature_names, fetch
+from omni_cli.stages.fetch.estimate import say_pieces
+from omni_cli.stages.fetch.partial import Piece
 from omni_cli.stages.ledger import read_ledger, updated_ledger
 from tests.support import pai
 from tests.support.clips import (
@@ -70,6 +78,7 @@ def test_more_features_come_beside_what_omni_reads(hub, tmp_path):
     radar = FEATURES["radar_front_center_srr_0"].chunk_path(0)
     assert result["lacking"] == {radar: [CLIPS[0]]}
     assert not (folder_of(tmp_path) / radar).exists()
+    assert all(Path(path).is_file() for path in result["paths"])
     assert {REASONING_FILE, FEATURES["radar_side_left_srr_0"].chunk_path(0)} <= set(result["absent"])
     hub.log.clear()
     assert get(tmp_path, CLIPS[0], features=features)["lacking"] == {radar: [CLIPS[0]]}
@@ -94,6 +103,98 @@ def test_the_limit_is_obeyed_exactly(hub, tmp_path):
     get(tmp_path, CLIPS[0], max_gb=plan["transfer_bytes"] / 1e9)
     assert hub.sent() == plan["transfer_bytes"]
     assert sent < plan["transfer_bytes"]
+
+
+def test_any_number_of_gigabytes_may_be_allowed(hub, tmp_path):
+    assert get(tmp_path, CLIPS[0], max_gb=float("inf"), dry_run=True)["fetched"] > 0
+
+
+def test_a_dry_run_of_too_much_tells_how_much_that_is(hub, tmp_path, capsys):
+    with pytest.raises(UsageError, match=r"the plan is 0\.001 GB and --max-gb allows 0\.0001"):
+        fetch(ask(tmp_path, chunks="1", dry_run=True, max_gb=0.0001), Console())
+    assert "what a fetch would bring" in capsys.readouterr().err
+
+
+def test_a_long_plan_is_told_in_short(capsys):
+    many = [Piece(RemoteFile(f"camera/x/{number}.zip", 10**6, "", None)) for number in range(1000)]
+    say_pieces(many, Console())
+    told = capsys.readouterr().err.splitlines()
+    assert (len(told), told[-1]) == (41, "would fetch 960 files more")
+
+
+def test_a_disk_must_hold_the_zip_that_clips_are_put_together_in(hub, tmp_path, monkeypatch):
+    plan = get(tmp_path, CLIPS[0], dry_run=True)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, plan["fetched_bytes"] + 256_000_000))
+    with pytest.raises(OmniError, match="GB are needed"):
+        get(tmp_path, CLIPS[0])
+
+
+def test_a_lost_revision_is_known_from_the_manifest_and_the_licence_runs_on(hub, tmp_path):
+    get(tmp_path, CLIPS[0])
+    path = folder_of(tmp_path) / "revision.json"
+    manifest = files.read_json(folder_of(tmp_path) / "manifest.json")
+    manifest["files"][CLIP_INDEX_FILE]["fetched"] = "2020-01-01"
+    files.commit_json(folder_of(tmp_path) / "manifest.json", manifest)
+    before = files.read_json(path)
+    hub.commit = "b" * 40  # main has moved on
+    path.unlink()
+    with pytest.raises(UsageError, match=rf"holds revision {before['revision']} and {'b' * 40} was asked for"):
+        get(tmp_path, CLIPS[1], revision="main")
+    assert get(tmp_path, CLIPS[0])["revision"] == before["revision"]
+    assert files.read_json(path) == {**before, "first_fetched": "2020-01-01"}
+
+
+@pytest.mark.fault("F14")
+@pytest.mark.parametrize("damage", ["{", "[]", '{"revision": 7}', "\ud800"])
+def test_a_damaged_revision_is_named_and_mended_as_the_message_says(hub, tmp_path, damage):
+    get(tmp_path, CLIPS[0])
+    path = folder_of(tmp_path) / "revision.json"
+    path.write_bytes(damage.encode(errors="surrogatepass"))
+    with pytest.raises(DataError, match=r"revision\.json: damaged, .*; delete it and run omni fetch again"):
+        get(tmp_path, CLIPS[1])
+    with pytest.raises(DataError, match=r"revision\.json: damaged"):
+        PhysicalAiAv(folder_of(tmp_path)).open(CLIPS[0])
+    path.unlink()
+    assert get(tmp_path, CLIPS[1])["revision"] == hub.commit
+
+
+def test_what_is_proved_by_its_content_is_read_once(hub, tmp_path):
+    """A copy of the folder has other times: hashed at the first fetch, taken by size and time from then on."""
+    get(tmp_path, CLIPS[0])
+    for path in (zip_of(tmp_path, "egomotion"), zip_of(tmp_path, FRONT)):
+        os.utime(path, (1, 1))
+        get(tmp_path, CLIPS[0], dry_run=True)
+        assert files.read_receipt(path)["mtime_ns"] != path.stat().st_mtime_ns
+        assert get(tmp_path, CLIPS[0])["fetched"] == 0
+        assert files.read_receipt(path)["mtime_ns"] == path.stat().st_mtime_ns
+        assert files.verified_receipt(path)
+
+
+def test_what_came_hashed_is_not_read_again(hub, tmp_path):
+    add_file(hub, REASONING_FILE, bytes(20_000_000))
+    before = read_bytes()
+    get(tmp_path, CLIPS[0])
+    assert 20_000_000 <= read_bytes() - before < 30_000_000  # the hub's own reading
+    assert files.verified_receipt(folder_of(tmp_path) / REASONING_FILE)
+
+
+def read_bytes():
+    """Return how much this process has read of files; what comes from sockets is not counted (proc(5), io, rchar)."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def test_that_another_process_is_waited_for_is_said(hub, tmp_path, capsys):
+    get(tmp_path, CLIPS[0])
+    with claimed(
+        folder_of(tmp_path) / ".fetch", hub.stored[FEATURES[FRONT].chunk_path(0)].sha256, Meter(lambda _: None)
+    ):
+        waiting = threading.Thread(target=fetch, args=(ask(tmp_path, CLIPS[1]), Console()))
+        waiting.start()
+        time.sleep(1.0)
+    waiting.join(20)
+    assert "1 files are being fetched by another omni" in capsys.readouterr().err
+    assert len(files.read_receipt(zip_of(tmp_path))["clips"]) == 2
 
 
 def test_a_dry_run_tells_bytes_and_hours_by_feature(hub, tmp_path, capsys):
@@ -133,6 +234,25 @@ def test_the_manifest_tells_what_is_here_and_what_is_absent(hub, tmp_path):
     Path(result["manifest"]).write_bytes(whole[:100])
     get(tmp_path, CLIPS[0])
     assert files.read_json(Path(result["manifest"]))["files"] == manifest["files"]
+
+
+def test_what_a_killed_fetch_landed_is_entered_by_the_next_one(hub, tmp_path):
+    """Whichever that is: a kill comes before the manifest is written."""
+    manifest = Path(get(tmp_path, CLIPS[0])["manifest"])
+    before = {path: path.read_bytes() for path in (manifest, files.receipt_path(manifest))}
+    get(tmp_path, FAR[0])
+    for path, content in before.items():
+        path.write_bytes(content)
+    move_to_quarantine(folder_of(tmp_path), FEATURES[REAR].chunk_path(1), "a test")
+    get(tmp_path, CLIPS[0])
+    here = {path.removesuffix(files.RECEIPT_SUFFIX) for path in names_in(folder_of(tmp_path)) if "receipt" in path}
+    assert files.read_json(manifest)["files"].keys() == here - {"manifest.json"}
+    assert FEATURES[FRONT].chunk_path(1) in here
+
+
+def names_in(folder):
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+    return [name for name in names if not name.startswith((".", "quarantine"))]
 
 
 def test_what_was_pruned_is_asked_again_where_the_revision_is_named(hub, tmp_path):

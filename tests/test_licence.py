@@ -111,6 +111,15 @@ def test_a_ledger_that_is_none_is_not_overwritten(tmp_path):
     assert (tmp_path / LEDGER_FILE).read_text() == "{}"
 
 
+@pytest.mark.parametrize("entry", [{}, 7, {"copies": []}, "all", "a copy without a path"])
+def test_a_damaged_ledger_is_refused_in_one_line(data, entry):
+    ledger = read_ledger(data)
+    damaged = {**ledger["licences"][0], "copies": [{"kind": RAW}]} if entry == "a copy without a path" else entry
+    files.write_json(data / LEDGER_FILE, {**ledger, "licences": [damaged]})
+    with pytest.raises(DataError, match=r"ledger\.json: not a ledger; mend it by hand"):
+        destroy(data, dry_run=True)
+
+
 @pytest.mark.parametrize(
     ("today", "codes"),
     [
@@ -258,6 +267,41 @@ def test_a_ledger_cannot_lead_out_of_its_folder(data, tmp_path, path):
         destroy(data)
     assert (tmp_path / "precious" / "file").is_file()
     assert (data / "shards" / "others" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize("damage", ["revision", "pending"])
+def test_damage_is_no_reason_to_keep_the_data(data, damage):
+    if damage == "revision":
+        (data / "raw" / "physical_ai_av" / "revision.json").write_text("{")
+    else:
+        (data / PENDING_FILE).write_text("{")
+        with pytest.raises(DataError, match=r"purge\.pending\.json: damaged, .*; delete it and run again"):
+            destroy(data)
+        (data / PENDING_FILE).unlink()
+    assert destroy(data)["remaining"] == []
+
+
+def test_what_comes_amid_a_purge_is_named(data, monkeypatch):
+    late, rmdir = data / "raw" / "physical_ai_av" / "late", os.rmdir
+
+    def arriving(path, *arguments, **options):
+        if Path(path) == late.parent:
+            late.touch()
+        return rmdir(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "rmdir", arriving)
+    with pytest.raises(OmniError, match=r"raw/physical_ai_av: directory not empty"):
+        destroy(data)
+    monkeypatch.undo()
+    assert destroy(data)["remaining"] == []
+
+
+def test_a_copy_that_is_listed_by_two_paths_is_deleted_once(data, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(data)
+    register_shards(link, "physical_ai_av", link / "raw" / "physical_ai_av", data / "shards" / "listed")
+    assert destroy(link)["remaining"] == []
+    assert not (data / "shards" / "listed").exists()
 
 
 def test_a_purge_waits_for_no_fetch(data):

@@ -32,9 +32,9 @@ def command(
         Path | None, typer.Option("--from", metavar="DIR", help="Import from this folder; no network.")
     ] = None,
     data: Data = DATA,
-    max_gb: Annotated[float, typer.Option(min=0, help="Refuse a download that is larger than this.")] = 150.0,
+    max_gb: Annotated[float, typer.Option(min=0, help="Refuse a download larger than this; inf: no limit.")] = 150.0,
     workers: Annotated[int, typer.Option(min=1, help="Files transferred or clips drawn at a time.")] = 12,
-    revision: Annotated[str | None, typer.Option(metavar="REV", help="Revision of the data set on the hub.")] = None,
+    revision: Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit on the hub.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the synthetic world.")] = 0,
     clips_per_chunk: Annotated[int, typer.Option(min=1, help="Synthetic clips in a chunk.")] = 4,
     seconds: Annotated[float, typer.Option(help="Length of a synthetic clip.")] = 20.0,

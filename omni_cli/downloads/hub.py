@@ -74,8 +74,9 @@ class Hub:
         found: dict[str, RemoteFile] = {}
         for start in range(0, len(paths), _PATHS_PER_REQUEST):
             batch = list(paths[start : start + _PATHS_PER_REQUEST])
+            asked = frozenset(batch)
             listed = self._ask(partial(self._paths_info, batch, commit))
-            found |= {file.path: file for file in listed if file.path in batch}
+            found |= {file.path: file for file in listed if file.path in asked}
         return found
 
     def download(self, file: RemoteFile, commit: str, folder: Path, meter: Meter) -> Path:

@@ -6,12 +6,13 @@ from typing import Any
 
 from omni_cli import files
 from omni_cli.errors import DataError
-from omni_cli.formats.physical_ai_av import FEATURES, MANIFEST_FILE
+from omni_cli.formats.physical_ai_av import FEATURES, MANIFEST_FILE, REVISION_FILE
 
 
 def partial_clips(receipt: Mapping[str, Any] | None) -> frozenset[str] | None:
     """Return the clips in a chunk's zip of which only some were fetched; None where nothing says that it is a part."""
-    return frozenset(receipt["clips"]) if receipt is not None and receipt.get("partial") else None
+    clips = receipt.get("clips") if receipt is not None and receipt.get("partial") else None
+    return frozenset(map(str, clips)) if isinstance(clips, list) else None
 
 
 def upstream_sha256(receipt: Mapping[str, Any]) -> str:
@@ -30,6 +31,26 @@ def clips_on_disk(root: Path, features: Iterable[str], chunk: int) -> frozenset[
                 return None
             found |= clips
     return found
+
+
+def read_origin(root: Path) -> dict[str, str]:
+    """Return what `omni fetch` and the synthetic world note of a folder's origin; nothing where they did not.
+
+    Raises:
+        DataError: the note is damaged.
+    """
+    path = root / REVISION_FILE
+    if not path.is_file():
+        return {}
+    try:
+        origin = files.read_json(path)
+        if isinstance(origin["revision"], str):
+            return dict(origin)
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise DataError(
+        f"{path}: damaged, expected the revision that this folder holds; delete it and run omni fetch again"
+    )
 
 
 def absent_upstream(root: Path) -> frozenset[str]:

@@ -18,7 +18,7 @@ from scipy.spatial.transform import Rotation
 from omni_cli import files
 from omni_cli.errors import DataError
 from omni_cli.formats import physical_ai_av as layout
-from omni_cli.formats.fetched import absent_upstream, clips_on_disk, upstream_sha256
+from omni_cli.formats.fetched import absent_upstream, clips_on_disk, read_origin, upstream_sha256
 from omni_cli.scene.cameras import Calibration
 from omni_cli.scene.poses import EgoMotion, Pose
 from omni_cli.scene.recording import CameraStream, Caption, Recording
@@ -116,8 +116,7 @@ class PhysicalAiAv:
     @cached_property
     def _pinned(self) -> Mapping[str, str]:
         """What `omni fetch` and the synthetic world write of a folder's origin."""
-        path = self.root / layout.REVISION_FILE
-        return files.read_json(path) if path.is_file() else {}
+        return read_origin(self.root)
 
     @cached_property
     def _index(self) -> dict[str, _Entry]:

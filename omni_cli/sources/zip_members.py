@@ -11,6 +11,8 @@ from omni_cli.scene.recording import VideoLocation
 
 MAX_MEMBERS = 10_000
 MAX_MEMBER_BYTES = 2 << 30
+# What zipfile raises of a damaged directory; NotImplementedError of a flipped bit in "version needed to extract".
+NO_ZIP = (zipfile.BadZipFile, NotImplementedError, struct.error, UnicodeDecodeError)
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., lengths of the name and of the extra field
 _LOCAL_SIGNATURE = b"PK\x03\x04"
 
@@ -63,7 +65,7 @@ def read_directory(path: Path) -> ZipDirectory:
             entries = archive.infolist()
     except FileNotFoundError:
         raise DataError(f"{path}: no such chunk file; fetch it with omni fetch") from None
-    except (zipfile.BadZipFile, OSError) as error:
+    except (*NO_ZIP, OSError) as error:
         raise DataError(f"{path}: not a whole zip file ({error}); fetch this chunk again") from None
     check_entries(entries, str(path))
     return ZipDirectory(path, {entry.filename: (entry.header_offset, entry.file_size) for entry in entries})

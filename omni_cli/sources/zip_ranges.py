@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from omni_cli.errors import DataError
-from omni_cli.sources.zip_members import check_entries
+from omni_cli.sources.zip_members import NO_ZIP, check_entries
 
 TAIL_BYTES = (1 << 16) + 22  # the end record and the longest comment after it: what zipfile looks at first
 MAX_DIRECTORY_BYTES = 4 << 20  # of a hundred clips it is 40 kB
@@ -69,7 +69,7 @@ def remote_members(name: str, size: int, read_range: ReadRange) -> tuple[RemoteM
     try:
         with zipfile.ZipFile(_Distant(size, read_range)) as archive:
             entries, directory_start = archive.infolist(), archive.start_dir
-    except (zipfile.BadZipFile, _TooLongError, struct.error, UnicodeDecodeError) as error:
+    except (*NO_ZIP, _TooLongError) as error:
         raise DataError(f"{name}: not a zip of stored members ({error}); choose another revision") from None
     check_entries(entries, name)
     entries.sort(key=lambda entry: entry.header_offset)

@@ -23,6 +23,7 @@ from omni_cli.errors import DataError
 LEDGER_FILE = "ledger.json"
 FORMAT = 1
 RAW, SHARDS = "raw", "shards"
+_FACTS = frozenset({"source", "repository", "licence", "revision", "first_fetched", "copies"})
 
 
 def register_copy(
@@ -68,11 +69,15 @@ def read_ledger(data: Path) -> dict[str, Any]:
         return {"format": FORMAT, "licences": [], "purged": []}
     try:
         ledger = files.read_json(path)
-        if ledger["format"] == FORMAT and isinstance(ledger["licences"], list) and isinstance(ledger["purged"], list):
+        if ledger["format"] == FORMAT and all(_is_entry(entry) for entry in (*ledger["licences"], *ledger["purged"])):
             return dict(ledger)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         pass
     raise DataError(f"{path}: not a ledger; mend it by hand, it says where the copies of licensed data lie")
+
+
+def _is_entry(entry: dict[str, Any]) -> bool:
+    return entry.keys() >= _FACTS and all(isinstance(copy["path"], str) and "kind" in copy for copy in entry["copies"])
 
 
 @contextlib.contextmanager

@@ -7,9 +7,9 @@ track of copies), 4.9 and 8 (ends 12 months after the first download; then destr
 from collections.abc import Iterable
 from pathlib import Path
 
-from omni_cli import files
 from omni_cli.errors import DataError, UsageError
-from omni_cli.formats.physical_ai_av import LICENCE, REPOSITORY, REVISION_FILE
+from omni_cli.formats.fetched import read_origin
+from omni_cli.formats.physical_ai_av import LICENCE, REPOSITORY
 from omni_cli.sources.physical_ai_av import find_root
 from omni_cli.stages.ledger import SHARDS, register_copy
 
@@ -61,7 +61,7 @@ def _facts(source: str, raw: Path) -> dict[str, str]:
     if source not in (SOURCE, "synthetic"):
         return {}
     try:
-        path = find_root(raw) / REVISION_FILE
+        root = find_root(raw)
     except DataError:
         return {}
-    return dict(files.read_json(path)) if path.is_file() else {}
+    return read_origin(root)

@@ -22,9 +22,10 @@ from omni_cli import files
 from omni_cli.config import Layer, Settings, differences, dump_toml, read_document, resolve
 from omni_cli.errors import DataError, UsageError
 from omni_cli.samples.preprocess import Preprocess
+from omni_cli.stages import run_file
 
 FORMAT = 1
-RUN_FILE = "run.json"
+RUN_FILE = run_file.RUN_FILE
 CONFIG = "config.toml"
 CHECKPOINTS = "checkpoints"
 FINAL = "final"

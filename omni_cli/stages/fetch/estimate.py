@@ -7,6 +7,7 @@ from omni_cli.report import Console
 from omni_cli.stages.fetch import landing
 from omni_cli.stages.fetch.partial import Piece
 
+_PIECES_SHOWN = 40
 RATES_MBPS = (100, 1000)  # stated, not measured: a short probe tells nothing of an hour
 
 
@@ -20,6 +21,15 @@ def say_estimate(pieces: Sequence[Piece], console: Console) -> None:
     if pieces:
         size_bytes = sum(piece.transfer_bytes for piece in pieces)
         console.say(f"to fetch: {len(pieces)} files, {landing.size_text(size_bytes)}; {_times_text(size_bytes)}")
+
+
+def say_pieces(pieces: Sequence[Piece], console: Console) -> None:
+    """Name the first files that would come, and how many follow."""
+    for piece in pieces[:_PIECES_SHOWN]:
+        part = f" of {len(piece.clips)} clips" if piece.clips else ""
+        console.say(f"would fetch {piece.file.path}  {landing.size_text(piece.transfer_bytes)}{part}")
+    if len(pieces) > _PIECES_SHOWN:
+        console.say(f"would fetch {len(pieces) - _PIECES_SHOWN} files more")
 
 
 def say_table(pieces: Sequence[Piece], console: Console) -> None:

@@ -19,7 +19,7 @@ from omni_cli.formats.physical_ai_av import (
 )
 from omni_cli.report import Console
 from omni_cli.stages.fetch import landing
-from omni_cli.stages.fetch.estimate import say_estimate, say_table, seconds_at
+from omni_cli.stages.fetch.estimate import say_estimate, say_pieces, say_table, seconds_at
 from omni_cli.stages.fetch.partial import Piece
 from omni_cli.stages.fetch.plan import Job, check_size, list_files, plan_files
 from omni_cli.stages.fetch.record import Record, read_record, write_record
@@ -68,10 +68,9 @@ def _dry_run(job: Job) -> dict[str, Any]:
         if not index.is_there:
             place = job.hub.download(index.file, job.commit, Path(scratch), Meter(lambda _: None))
         chunks = _plan_chunks(job, chunk_of_clip(place))
-    for piece in job.missing:
-        part = f" of {len(piece.clips)} clips" if piece.clips else ""
-        job.console.say(f"would fetch {piece.file.path}  {landing.size_text(piece.transfer_bytes)}{part}")
+    say_pieces(job.missing, job.console)
     say_table(job.pieces, job.console)
+    check_size(job.transfer_bytes, job.request.max_gb)
     return _result(job, chunks)
 
 
@@ -88,7 +87,8 @@ def _run(job: Job) -> dict[str, Any]:
     chunks = _plan_chunks(job, chunk_of_clip(job.folder / CLIP_INDEX_FILE))
     num_unreadable = len(job.failures)  # zips whose directory makes no sense
     chunk_pieces = [piece for piece in job.missing if piece not in indices]
-    landing.check_disk(job.folder, sum(piece.transfer_bytes for piece in chunk_pieces))
+    check_size(job.transfer_bytes, job.request.max_gb)
+    landing.check_disk(job.folder, _needed_bytes(job, chunk_pieces))
     say_estimate(chunk_pieces, job.console)
     try:
         transfer(job, chunk_pieces)
@@ -133,18 +133,22 @@ def _plan_chunks(job: Job, index: dict[str, int]) -> tuple[int, ...]:
     if not remote:
         raise DataError(f"none of the {len(paths)} files of chunks {request.chunks or chunks} exist at {job.commit}")
     plan_files(job, remote.values(), clips_by_path(request.clips, index, cameras, request.features))
-    check_size(job.transfer_bytes, request.max_gb)
     return chunks
 
 
+def _needed_bytes(job: Job, pieces: Sequence[Piece]) -> int:
+    """Return what a disk must hold: what comes and, while clips are put together with those here, their zips again."""
+    again = [piece.transfer_bytes + _size_here(job, piece) for piece in pieces if piece.clips]
+    return sum(piece.transfer_bytes for piece in pieces) + sum(sorted(again)[-job.request.workers :])
+
+
 def _write_record(job: Job) -> Path:
-    paths = [piece.file.path for piece in job.pieces]
     promised = {piece.file.path: piece.file for piece in job.pieces}
     lacking = {path: {**vars(promised[path]), "clips": list(clips)} for path, clips in job.lacking.items()}
     absent = {path: job.absent[path] for path in _absent(job)}
     unlisted = {path: why for path, why in job.absent.items() if path not in absent}
     found = Record(absent=absent, skipped=job.skipped, unlisted=unlisted, lacking=lacking)
-    return write_record(job.folder, job.hub.repository, job.commit, paths, found)
+    return write_record(job.folder, job.hub.repository, job.commit, found)
 
 
 def _absent(job: Job) -> list[str]:
@@ -154,7 +158,7 @@ def _absent(job: Job) -> list[str]:
 
 
 def _result(job: Job, chunks: tuple[int, ...]) -> dict[str, Any]:
-    present = [piece for piece in job.pieces if piece.file.path not in job.absent]
+    present = [piece for piece in job.pieces if piece.file.path not in job.absent and not _is_empty(job, piece)]
     fetched = [piece for piece in present if not piece.is_there]
     fetched_bytes = sum(piece.transfer_bytes for piece in fetched)
     absent = _absent(job)
@@ -187,8 +191,17 @@ def _result(job: Job, chunks: tuple[int, ...]) -> dict[str, Any]:
 
 def _bytes_of(job: Job, piece: Piece) -> int:
     """Return the size of what is here, or of what would come."""
+    return _size_here(job, piece) or piece.transfer_bytes
+
+
+def _size_here(job: Job, piece: Piece) -> int:
     path = job.folder / piece.file.path
-    return path.stat().st_size if path.is_file() else piece.transfer_bytes
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _is_empty(job: Job, piece: Piece) -> bool:
+    """Return whether a zip has none of the clips asked for: nothing of it comes."""
+    return bool(piece.clips) and piece.is_there and not (job.folder / piece.file.path).is_file()
 
 
 def _warn(job: Job, absent: Sequence[str]) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 from omni_cli import files
 from omni_cli.downloads import Meter
 from omni_cli.errors import DataError, UsageError
-from omni_cli.formats.physical_ai_av import CAMERAS, CLIP_INDEX_FILE, LICENCE, REPOSITORY, REVISION_FILE
+from omni_cli.formats.fetched import read_origin
+from omni_cli.formats.physical_ai_av import CAMERAS, CLIP_INDEX_FILE, LICENCE, REPOSITORY
 from omni_cli.report import Console
 from omni_cli.stages.fetch import landing
 from omni_cli.stages.fetch.record import Record, write_record
@@ -51,7 +52,7 @@ def import_physical_ai_av(request: FetchRequest, origin: Path, console: Console)
             landing.pin_revision(request.folder, REPOSITORY, revision, since)
         result = copy_all(request, pairs, console)
         if not request.dry_run:
-            manifest = write_record(request.folder, REPOSITORY, revision, present, Record())
+            manifest = write_record(request.folder, REPOSITORY, revision, Record())
             result |= {"manifest": str(manifest)}
     return {**result, "revision": revision, "chunks": list(chunks), "absent": absent}
 
@@ -149,8 +150,7 @@ def _first_fetched(layout: Path) -> str:
 
     A copy may bear the day of the copying: then the true day is earlier, and only the user knows it.
     """
-    path = layout / REVISION_FILE
-    noted = files.read_json(path).get("first_fetched") if path.is_file() else None
+    noted = read_origin(layout).get("first_fetched")
     written_s = (layout / CLIP_INDEX_FILE).stat().st_mtime
     written = datetime.datetime.fromtimestamp(written_s, datetime.UTC).date().isoformat()
     return str(noted) if noted else min(written, landing.today())

@@ -6,7 +6,6 @@ one whose time differs is read and hashed again. `omni audit --deep` reads every
 
 import datetime
 import hashlib
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,9 @@ from typing import Any
 from omni_cli import files
 from omni_cli.downloads import Meter
 from omni_cli.errors import OmniError, UsageError
+from omni_cli.formats.fetched import read_origin
 from omni_cli.formats.physical_ai_av import LICENCE, REVISION_FILE
+from omni_cli.stages.fetch.record import recorded_origin
 
 _RESERVE_BYTES = 256_000_000  # left free: receipts, other processes
 MEGABYTE = 1_000_000
@@ -24,15 +25,30 @@ _NAMES_SHOWN = 4
 _BLOCK_BYTES = 4 << 20
 
 
-def is_landed(path: Path, **expect: Any) -> bool:
-    """Return whether a receipt that holds the facts in `expect` vouches for a file, by size and time or by content."""
+def is_unchanged(path: Path, **expect: Any) -> bool:
+    """Return whether a receipt that holds the facts in `expect` vouches for a file by its size and time, unread."""
     receipt = files.read_receipt(path)
     if receipt is None or not path.is_file() or any(receipt.get(key) != value for key, value in expect.items()):
         return False
     state = path.stat()
-    if (receipt.get("size"), receipt.get("mtime_ns")) == (state.st_size, state.st_mtime_ns):
+    return (receipt.get("size"), receipt.get("mtime_ns")) == (state.st_size, state.st_mtime_ns)
+
+
+def is_landed(path: Path, *, renew: bool = False, **expect: Any) -> bool:
+    """Return whether a receipt that holds the facts in `expect` vouches for a file, by size and time or by content.
+
+    Args:
+        path: the file.
+        renew: note the time of one that its content proves, so that it is not read again each time.
+        expect: facts.
+    """
+    if is_unchanged(path, **expect):
         return True
-    return files.verified_receipt(path, expect=expect) is not None
+    modified_ns = path.stat().st_mtime_ns if path.is_file() else 0
+    receipt = files.verified_receipt(path, expect=expect)
+    if receipt is not None and renew:
+        files.put_receipt(path, {**receipt, "mtime_ns": modified_ns})
+    return receipt is not None
 
 
 def names_text(names: Sequence[str]) -> str:
@@ -41,16 +57,24 @@ def names_text(names: Sequence[str]) -> str:
     return f"{first} and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else first
 
 
-def vouch(path: Path, **facts: Any) -> dict[str, Any]:
-    """Write the receipt of a whole file, with its modification time."""
-    return files.write_receipt(path, mtime_ns=path.stat().st_mtime_ns, **facts)
+def vouch(path: Path, *, sha256: str | None = None, **facts: Any) -> dict[str, Any]:
+    """Write the receipt of a whole file, with its modification time; return it.
+
+    Args:
+        path: the file.
+        sha256: of its content, where that was computed as it came; None: the file is read for it.
+        facts: what else the receipt says.
+    """
+    state = path.stat()
+    receipt = {**facts, "mtime_ns": state.st_mtime_ns, "size": state.st_size}
+    receipt["sha256"] = sha256 or files.sha256_of(path)
+    files.put_receipt(path, receipt)
+    return receipt
 
 
-def land(staged: Path, path: Path, **facts: Any) -> None:
-    """Move a verified file to its place, then its receipt; both are on the disk when this returns."""
-    with staged.open("rb") as stream:
-        os.fsync(stream.fileno())
-    vouch(staged, **facts)
+def land(staged: Path, path: Path, *, sha256: str | None, **facts: Any) -> None:
+    """Move a file that was verified and flushed to its place, then its receipt; both are on the disk afterwards."""
+    vouch(staged, sha256=sha256, **facts)
     path.parent.mkdir(parents=True, exist_ok=True)
     staged.rename(path)
     files.sync_folder(path.parent)
@@ -120,9 +144,14 @@ def size_text(size_bytes: int) -> str:
 
 
 def pinned_revision(folder: Path) -> str | None:
-    """Return the revision that a folder's files belong to, or None where it has none yet."""
-    path = folder / REVISION_FILE
-    return str(files.read_json(path)["revision"]) if path.is_file() else None
+    """Return the revision that a folder's files belong to, or None where it has none yet.
+
+    Where `revision.json` is lost the manifest tells.
+
+    Raises:
+        DataError: `revision.json` is damaged.
+    """
+    return read_origin(folder).get("revision") or recorded_origin(folder).get("revision")
 
 
 def check_revision(folder: Path, revision: str) -> None:
@@ -154,6 +183,7 @@ def pin_revision(folder: Path, repository: str, revision: str, since: str | None
         UsageError: the folder holds another revision.
     """
     check_revision(folder, revision)
-    if pinned_revision(folder) is None:
-        facts = {"repository": repository, "revision": revision, "licence": LICENCE, "first_fetched": since or today()}
+    if not read_origin(folder):
+        first = since or recorded_origin(folder).get("first_fetched") or today()
+        facts = {"repository": repository, "revision": revision, "licence": LICENCE, "first_fetched": first}
         files.write_json(folder / REVISION_FILE, facts)

@@ -66,15 +66,15 @@ def whole_facts(file: RemoteFile) -> dict[str, Any]:
     return {"size": file.size, "sha256": file.sha256}
 
 
-def is_landed(path: Path, file: RemoteFile) -> bool:
-    """Return whether a receipt vouches for a part of this very file."""
-    return landing.is_landed(path, partial=True, whole=whole_facts(file))
+def is_landed(path: Path, file: RemoteFile, *, renew: bool = False) -> bool:
+    """Return whether a receipt vouches for a part of this very file; `renew` as in landing.is_landed."""
+    return landing.is_landed(path, renew=renew, partial=True, whole=whole_facts(file))
 
 
-def has_clips(path: Path, file: RemoteFile, clips: Sequence[str]) -> bool:
+def has_clips(path: Path, file: RemoteFile, clips: Sequence[str], *, renew: bool = False) -> bool:
     """Return whether a receipt vouches for a part of this very file that holds these clips."""
     held = partial_clips(files.read_receipt(path))
-    return held is not None and held.issuperset(clips) and is_landed(path, file)
+    return held is not None and held.issuperset(clips) and is_landed(path, file, renew=renew)
 
 
 def lacking_here(path: Path, file: RemoteFile, directory: Members, clips: Sequence[str]) -> Members:
@@ -121,7 +121,7 @@ def _bring(read_range: ReadRange, piece: Piece, path: Path, staging: Path, meter
     asked = (partial_clips(files.read_receipt(path)) or frozenset()).union(piece.clips)
     spans = spans_of([member for member in piece.directory if member.clip in asked and member.name not in held])
     if not spans and is_landed(path, file):  # another process brought them meanwhile
-        return
+        return meter.add(piece.transfer_bytes)
     parts = {span: staging / f"{file.sha256}-{span.start}-{span.end}.part" for span in spans}
     for span, part in parts.items():
         _fetch_span(read_range, span, part, meter)
@@ -133,6 +133,7 @@ def _bring(read_range: ReadRange, piece: Piece, path: Path, staging: Path, meter
           fetched=landing.today())  # fmt: skip
     for part in parts.values():
         part.unlink()
+    return None
 
 
 def _held(path: Path, directory: Members) -> dict[str, _Held]:

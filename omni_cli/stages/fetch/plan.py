@@ -1,5 +1,6 @@
 """What a fetch must transfer: every file asked for, there already, to come whole, or to come by clips."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -56,14 +57,19 @@ class Job:
         promised = {"git_sha1": file.git_sha1, **({"sha256": file.sha256} if file.sha256 else {})}
         return {**promised, "size": file.size}
 
+    def has_size(self, file: RemoteFile) -> bool:
+        """Return whether what lies in a file's place is as long as it."""
+        path = self.folder / file.path
+        return path.is_file() and path.stat().st_size == file.size
+
     def is_done(self, file: RemoteFile) -> bool:
         """Return whether a file is there and verified; one that came another way is hashed and adopted."""
         path = self.folder / file.path
-        if landing.is_landed(path, **self.facts(file)):
+        if landing.is_landed(path, renew=not self.request.dry_run, **self.facts(file)):
             return True
         if self.request.dry_run or not path.is_file() or not file.is_content_of(path):
             return False
-        landing.vouch(path, git_sha1=file.git_sha1, fetched=landing.today())
+        landing.vouch(path, sha256=file.sha256, git_sha1=file.git_sha1, fetched=landing.today())
         return True
 
 
@@ -94,12 +100,14 @@ def plan_files(job: Job, remote: Iterable[RemoteFile], clips: Mapping[str, tuple
         clips: path -> the clips that are wanted of it, for zips that are not wanted whole.
     """
     by_clips: list[RemoteFile] = []
+    remote = tuple(remote)
+    done = _done(job, remote)
     for file in remote:
-        if job.is_done(file):
+        if file in done:
             job.pieces.append(Piece(file, is_there=True))
         elif file.path not in clips or file.size <= TAIL_BYTES or file.sha256 is None:
             job.pieces.append(Piece(file))
-        elif has_clips(job.folder / file.path, file, clips[file.path]):
+        elif has_clips(job.folder / file.path, file, clips[file.path], renew=not job.request.dry_run):
             job.pieces.append(Piece(file, True, clips[file.path]))
         else:
             by_clips.append(file)
@@ -113,11 +121,26 @@ def check_size(needed_bytes: int, max_gb: float) -> None:
     Raises:
         UsageError: the plan is larger.
     """
-    if needed_bytes > round(max_gb * _GIGABYTE):
+    if math.isfinite(max_gb) and needed_bytes > round(max_gb * _GIGABYTE):
         raise UsageError(
-            f"the plan is {needed_bytes / _GIGABYTE:.3g} GB and --max-gb allows {max_gb:g}; ask for fewer chunks, "
+            f"the plan is {needed_bytes / _GIGABYTE:,.3f} GB and --max-gb allows {max_gb:g}; ask for fewer chunks, "
             f"clips or cameras, or give --max-gb {needed_bytes // int(_GIGABYTE) + 1}"
         )
+
+
+def _done(job: Job, remote: Sequence[RemoteFile]) -> set[RemoteFile]:
+    """Return the files that are there whole; those whose size and time do not prove it are read."""
+    done = {file for file in remote if landing.is_unchanged(job.folder / file.path, **job.facts(file))}
+    unsure = [file for file in remote if file not in done and job.has_size(file)]
+    with (
+        job.console.progress("check what is there", len(unsure), "files") as step,
+        ThreadPoolExecutor(job.request.workers) as pool,
+    ):
+        for file, is_done in zip(unsure, pool.map(job.is_done, unsure), strict=True):
+            step.advance()
+            if is_done:
+                done.add(file)
+    return done
 
 
 def _piece(job: Job, file: RemoteFile, directory: Members, clips: tuple[str, ...]) -> Piece:

@@ -7,6 +7,7 @@ is followed: a copy behind one is named, and is the user's to delete. Weights ar
 learned from them are listed by name.
 """
 
+import itertools
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -16,15 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from omni_cli import files
-from omni_cli.errors import OmniError, UsageError, refused_by_machine
+from omni_cli.errors import DataError, OmniError, UsageError, refused_by_machine
 from omni_cli.files import RECEIPT_SUFFIX
 from omni_cli.formats.physical_ai_av import LICENCE, REPOSITORY
 from omni_cli.report import Console
-from omni_cli.samples.shards import MANIFEST_FILE
 from omni_cli.stages import licences
 from omni_cli.stages.fetch import landing
 from omni_cli.stages.ledger import RAW, SHARDS, noted_path, place_of, read_ledger, register_copy, updated_ledger
-from omni_cli.stages.runs import RUN_FILE
+from omni_cli.stages.run_file import RUN_FILE, shards_of
 
 PENDING_FILE = "purge.pending.json"
 CERTIFICATE = "purge-certificate"
@@ -100,7 +100,8 @@ def derived_runs(request: PurgeRequest) -> list[str]:
     entries = [entry for entry in (*ledger["licences"], *ledger["purged"]) if entry["source"] == request.source]
     listed = {place_of(request.data, copy["path"]) for entry in entries for copy in entry["copies"]}
     listed |= {copy.place.absolute() for copy in find_copies(request)}
-    return [str(path.parent) for path in sorted(request.runs.glob(f"*/{RUN_FILE}")) if _shards_of(path) in listed]
+    runs = sorted(path.parent for path in request.runs.glob(f"*/{RUN_FILE}"))
+    return [str(run) for run in runs if shards_of(run) in listed]
 
 
 def _entry(request: PurgeRequest) -> dict[str, Any]:
@@ -109,8 +110,11 @@ def _entry(request: PurgeRequest) -> dict[str, Any]:
 
 
 def _is_of_the_licence(folder: Path) -> bool:
-    """Return whether a shard folder, finished or not, says that it was made of such data."""
-    documents = (folder / MANIFEST_FILE, *sorted(folder.glob(f"recordings/*/*{RECEIPT_SUFFIX}")))
+    """Return whether a shard folder, finished or not, says that it was made of such data.
+
+    Its manifest says so, or else the receipt of a recording.
+    """
+    documents = itertools.chain(folder.glob("*.json"), folder.glob(f"recordings/*/*{RECEIPT_SUFFIX}"))
     return any(_names_the_licence(document) for document in documents if document.is_file())
 
 
@@ -121,13 +125,6 @@ def _names_the_licence(document: Path) -> bool:
         return False
 
 
-def _shards_of(run_file: Path) -> Path | None:
-    try:
-        return Path(files.read_json(run_file)["shards"]["folder"])
-    except (ValueError, KeyError, TypeError):  # not a run of omni's
-        return None
-
-
 def _held(request: PurgeRequest) -> AbstractContextManager[None]:
     raw = request.data / "raw" / request.source
     return files.exclusive(raw, "fetching into") if raw.is_dir() else nullcontext()
@@ -135,7 +132,7 @@ def _held(request: PurgeRequest) -> AbstractContextManager[None]:
 
 def _purge(request: PurgeRequest, copies: Sequence[Copy], console: Console) -> str | None:
     pending = request.data / PENDING_FILE
-    begun = files.read_json(pending) if pending.is_file() else {}
+    begun = _begun(pending)
     if not copies and not begun and not _entry(request):
         console.say(f"{request.data}: no copy is here or listed; nothing to delete")
         return None
@@ -152,10 +149,31 @@ def _purge(request: PurgeRequest, copies: Sequence[Copy], console: Console) -> s
 
 
 def _register(request: PurgeRequest, copies: Sequence[Copy]) -> None:
-    revision = landing.pinned_revision(request.data / "raw" / request.source) or "unknown"
+    revision = _revision(request)
     for copy in copies:
         register_copy(request.data, request.source, copy.place, copy.kind, repository=REPOSITORY, licence=LICENCE,
                       revision=revision)  # fmt: skip
+
+
+def _revision(request: PurgeRequest) -> str:
+    try:
+        return landing.pinned_revision(request.data / "raw" / request.source) or "unknown"
+    except DataError:  # damage is no reason to keep the data
+        return "unknown"
+
+
+def _begun(pending: Path) -> dict[str, Any]:
+    """Return what an earlier purge, that was killed, noted of the copies that it began to delete.
+
+    Raises:
+        DataError: the note is damaged.
+    """
+    if not pending.is_file():
+        return {}
+    try:
+        return dict(files.read_json(pending))
+    except (ValueError, TypeError):
+        raise DataError(f"{pending}: damaged, expected what a purge began to delete; delete it and run again") from None
 
 
 def _is_ours(request: PurgeRequest, copy: Copy) -> bool:
@@ -213,6 +231,7 @@ def _delete(folder: Path) -> list[str]:
     problems: list[str] = []
     if folder.is_file():
         folder.unlink()
+    if not folder.is_dir():  # or it was listed by two paths, and is gone
         return problems
     for here, folders, names, descriptor in os.fwalk(folder, topdown=False, follow_symlinks=False):
         for name in (*names, *folders):
@@ -223,8 +242,16 @@ def _delete(folder: Path) -> list[str]:
             except _LinkError as error:
                 problems.append(str(error))
     if not problems and folder.is_dir():
-        folder.rmdir()
+        problems += _emptied(folder)
     return problems
+
+
+def _emptied(folder: Path) -> list[str]:
+    try:
+        folder.rmdir()
+    except OSError as error:  # another process put something there meanwhile
+        return [str(refused_by_machine(error, folder) or f"{folder}: {str(error.strerror).lower()}")]
+    return []
 
 
 class _LinkError(Exception):

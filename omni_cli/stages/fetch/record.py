@@ -10,19 +10,22 @@
 It is made from the receipts, which alone say that a file is there; lost or damaged, it is made from them again.
 """
 
-from collections.abc import Container, Iterable
+from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from omni_cli import files
 from omni_cli.downloads import RemoteFile
-from omni_cli.formats.physical_ai_av import FEATURES_FILE, LICENCE, MANIFEST_FILE
+from omni_cli.formats.physical_ai_av import LICENCE, MANIFEST_FILE
+from omni_cli.sources.quarantine import QUARANTINE_FOLDER
 
 FORMAT = 1
 UNLISTED = "not in this revision"
 PRUNED = "listed in this revision, and yet 404: pruned"
 _TABLES = ("files", "absent", "skipped", "unlisted", "lacking")
+_CAME = frozenset({"fetched", "source_sha256"})  # one of them is in each receipt of what came from a hub or a folder
+_NOT_UPSTREAM = (".", f"{QUARANTINE_FOLDER}/")
 _FACTS = ("size", "sha256", "fetched", "git_sha1", "partial", "clips", "whole")
 
 T = TypeVar("T")
@@ -56,8 +59,18 @@ def read_record(folder: Path) -> Record:
     return Record(**{name: document[name] for name in _TABLES})
 
 
-def write_record(folder: Path, repository: str, revision: str, paths: Iterable[str], found: Record) -> Path:
-    """Enter what a fetch found into the manifest, beside what earlier ones did; return its path.
+def recorded_origin(folder: Path) -> dict[str, str]:
+    """Return the revision and the first day that the manifest of a folder tells; nothing where it is not whole."""
+    path = folder / MANIFEST_FILE
+    if files.verified_receipt(path) is None:
+        return {}
+    document = files.read_json(path)
+    days = [facts["fetched"] for facts in document["files"].values() if "fetched" in facts]
+    return {"revision": document["revision"], **({"first_fetched": min(days)} if days else {})}
+
+
+def write_record(folder: Path, repository: str, revision: str, found: Record) -> Path:
+    """Enter what is here, by its receipts, and what a fetch found into the manifest; return its path.
 
     Called with the folder's lock held. A manifest that says the same already is left untouched.
 
@@ -65,11 +78,9 @@ def write_record(folder: Path, repository: str, revision: str, paths: Iterable[s
         folder: the source folder.
         repository: where the files come from.
         revision: the commit that they belong to.
-        paths: of what was asked for and is here, by their receipts.
         found: what is absent and skipped.
     """
-    record = read_record(folder)
-    here = {path: facts for path in paths if (facts := _facts(folder / path)) is not None}
+    record, here = read_record(folder), _from_receipts(folder)  # of all fetches: one that was killed entered nothing
     document = {
         "format": FORMAT,
         "repository": repository,
@@ -93,15 +104,15 @@ def _others(table: dict[str, T], here: Container[str]) -> dict[str, T]:
 
 def _facts(path: Path) -> dict[str, Any] | None:
     receipt = files.read_receipt(path)
-    return None if receipt is None else {key: receipt[key] for key in _FACTS if key in receipt}
+    if receipt is None or not _CAME & receipt.keys():  # a record of ours
+        return None
+    return {key: receipt[key] for key in _FACTS if key in receipt}
 
 
 def _from_receipts(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the facts of every chunk file and index that a receipt in the folder vouches for."""
-    if not (folder / FEATURES_FILE).is_file():
-        return {}
+    """Return the facts of every chunk file and index in its place that a receipt vouches for."""
     receipts = folder.rglob(f"*{files.RECEIPT_SUFFIX}")
     places = [path.with_name(path.name.removesuffix(files.RECEIPT_SUFFIX)) for path in receipts]
     named = {path.relative_to(folder).as_posix(): path for path in places if path.is_file()}
-    upstream = {name: path for name, path in named.items() if not name.startswith(".") and name != MANIFEST_FILE}
+    upstream = {name: path for name, path in named.items() if not name.startswith(_NOT_UPSTREAM)}
     return {name: facts for name, path in sorted(upstream.items()) if (facts := _facts(path)) is not None}

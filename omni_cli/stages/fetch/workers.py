@@ -40,6 +40,10 @@ def transfer(job: Job, missing: Sequence[Piece]) -> None:
         meter = Meter(step.advance)
         try:
             held = _round(job, missing, pool, meter, wait=False)
+            if held:
+                job.console.say(
+                    f"{len(held)} files are being fetched by another omni into {job.folder}: waiting for it"
+                )
             _round(job, held, pool, meter, wait=True)
         except BaseException:
             meter.stop()
@@ -86,8 +90,9 @@ def _fetch_whole(job: Job, piece: Piece, meter: Meter) -> None:
         staged = job.hub.download(piece.file, job.commit, job.folder / _STAGING, meter)
         try:
             return landing.land(
-                staged, job.folder / piece.file.path, git_sha1=piece.file.git_sha1, fetched=landing.today()
-            )
+                staged, job.folder / piece.file.path, sha256=piece.file.sha256, git_sha1=piece.file.git_sha1,
+                fetched=landing.today(),
+            )  # fmt: skip
         except FileNotFoundError:
             if job.is_done(piece.file):
                 return None
