@@ -97,7 +97,8 @@ def hevc(count: int, width: int = 128, height: int = 96) -> bytes:
         quiet = "bframes=0:keyint=20:log-level=none:pools=none:frame-threads=1"
         track.options = {"preset": "ultrafast", "x265-params": quiet}
         for number in range(count):
-            picture = np.full((height, width, 3), number % 200, np.uint8)
+            picture = np.empty((height, width, 3), np.uint8)
+            picture[:] = 40 + (2 * np.arange(width)[None, :, None] + 8 * number) % 200  # neither black nor still
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             frame.pts, frame.time_base = number, Fraction(1, 20)
             out.mux(track.encode(frame))

@@ -96,6 +96,7 @@ def test_a_scene_is_its_images_at_their_true_times_and_the_motion_of_its_poses(t
     (ref,) = source.recordings()
     recording = source.open(ref.id)
     times_us = START_US + PERIOD_US * np.arange(COUNT)
+    assert recording.provenance["times"] == ("stated tenfold, divided by ten" if tenths else "as stated")
     assert (ref.id, ref.group, recording.group) == ("000150", "000150", "000150")
     assert list(recording.cameras) == list(CAMERAS)
     for name, stream in recording.cameras.items():

@@ -286,18 +286,18 @@ def whole(folder: Path) -> None:
             uncalibrated,
             "",
             3,
-            f"{REFUSED}{ROUTES[0]}: {ROUTES[0]}: qcamera has no calibration, which a driving model's view is warped "
+            f"{REFUSED}{ROUTES[0]}: qcamera has no calibration, which a driving model's view is warped "
             "with; none: the log holds no roadCameraState, which names the sensor: name a recording of a calibrated",
         ),
-        (whole, "--cameras qcamera,ecamera", 3, f"{REFUSED}{ROUTES[0]}: {ROUTES[0]}: has no ecamera; it has qcamera;"),
-        (whole, "--cameras fcamera,ecamera", 3, f"{REFUSED}{ROUTES[0]}: {ROUTES[0]}: has no fcamera; it has qcamera;"),
+        (whole, "--cameras qcamera,ecamera", 3, f"{REFUSED}{ROUTES[0]}: has no ecamera; it has qcamera;"),
+        (whole, "--cameras fcamera,ecamera", 3, f"{REFUSED}{ROUTES[0]}: has no fcamera; it has qcamera;"),
         (truncated, "", 3, f"{REFUSED}{ROUTES[0]}: RAW/{SEGMENT[len(RAW) :]}/qlog: holds 0 valid carState events, at"),
         (whole, "--cameras qcamra", 2, "no camera 'qcamra' in openpilot data; did you mean 'qcamera'?"),
         (whole, "--cameras a,b,c", 2, "cameras 'a,b,c': expected the road camera, or the road and the wide one"),
         (whole, "--set sample.teacher=lgo", 2, "--set: sample.teacher = 'lgo': no such teacher; did you mean 'log'?"),
         (whole, "--rate-hz 10", 2, "--rate-hz: sample.rate_hz = 10.0: input should be less than or equal to 5"),
         (whole, "--canvas 112", 2, "--canvas: unknown key sample.canvas_px;"),
-        (whole, "--window 60", 3, f"{REFUSED}{ROUTES[0]}: {ROUTES[0]}: no window of 60 frames; "),
+        (whole, "--window 60", 3, f"{REFUSED}{ROUTES[0]}: no window of 60 frames; "),
     ],
 )
 def test_an_etl_that_cannot_be_is_one_line(place, made, capsys, *, damage, options, code, message):

@@ -153,6 +153,11 @@ def read_json(path: Path, schema: type[M]) -> M:
         raise DataError(f"{path}: no {schema.__name__.lower()} of DGP ({where}: {first['msg']}); {_AGAIN}") from None
 
 
+def is_tenfold(timestamp: str) -> bool:
+    """Say whether a time is too late to be POSIX time, and so is stated tenfold."""
+    return int(timestamp[:4]) > _LAST_YEAR
+
+
 def microseconds(timestamp: str) -> int:
     """Return POSIX time in microseconds; a date too late to be one is taken for tenths of them.
 
@@ -162,7 +167,7 @@ def microseconds(timestamp: str) -> int:
     try:
         told = datetime.datetime.fromisoformat(timestamp)
         found_us = (told.astimezone(datetime.UTC) - _EPOCH) // datetime.timedelta(microseconds=1)
-        true_us = found_us if told.year <= _LAST_YEAR else (found_us + 5) // 10
+        true_us = (found_us + 5) // 10 if is_tenfold(timestamp) else found_us
         year = (_EPOCH + datetime.timedelta(microseconds=true_us)).year
     except (ValueError, OverflowError):
         year = 0

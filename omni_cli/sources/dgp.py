@@ -57,7 +57,7 @@ class Dgp:
             raise DataError(f"{self._folder}: holds no scene {recording_id}; `omni audit` lists what is there")
         scene = _Scene.read(recording_id, self._scenes[recording_id])
         streams = {name: scene.stream(name) for name in _wanted(cameras, scene.images)}
-        ego, provenance = _ego_motion(scene), {"licence": _LICENCE}
+        ego, provenance = _ego_motion(scene), {"licence": _LICENCE, "times": scene.times}
         return Recording(
             id=recording_id, source="dgp", cameras=streams, ego=ego, group=recording_id, provenance=provenance
         )
@@ -95,6 +95,7 @@ class _Scene:
     folder: Path
     images: Mapping[str, Sequence[_Picture]]
     calibration: layout.Calibration
+    times: str  # how they are stated
 
     @classmethod
     def read(cls, name: str, path: Path) -> "_Scene":
@@ -108,7 +109,9 @@ class _Scene:
             pictures.sort(key=lambda picture: picture.time_us)
         if not images:
             raise DataError(f"{name}: lists no image; {_AGAIN}")
-        return cls(name, path.parent, images, _calibration(name, path.parent, scene))
+        is_tenfold = any(layout.is_tenfold(datum.id.timestamp) for datum in scene.data)
+        times = "stated tenfold, divided by ten" if is_tenfold else "as stated"
+        return cls(name, path.parent, images, _calibration(name, path.parent, scene), times)
 
     def rig_T_camera(self, camera: str) -> Pose:
         """Return where a camera sits."""
