@@ -14,16 +14,22 @@ import pyarrow.parquet as pq
 import pytest
 
 from omni_cli import files
-from omni_cli.formats.physical_ai_av import CLIP_INDEX_FILE, MANIFEST_FILE, REVISION_FILE
+from omni_cli.formats.physical_ai_av import (
+    CLIP_INDEX_FILE,
+    FEATURES_FILE,
+    MANIFEST_FILE,
+    PRESENCE_FILE,
+    REVISION_FILE,
+)
 from omni_cli.report import Console
 from omni_cli.scene.recording import SpeedLog
 from omni_cli.sources.quarantine import read_quarantine
 from omni_cli.stages.audit import AuditRequest, audit
-from omni_cli.stages.audit.duplicates import duplicate_pairs
+from omni_cli.stages.audit.duplicates import duplicate_findings, duplicate_pairs
 from omni_cli.stages.audit.targets import units_of
 from omni_cli.stages.checks.agreement import agreement_findings, wheel_findings
 from omni_cli.stages.checks.calibration import rig_of
-from omni_cli.stages.checks.facts import skews_us
+from omni_cli.stages.checks.facts import PictureFacts, RecordingFacts, camera_facts, skews_us
 from omni_cli.stages.checks.remedies import REMEDIES
 from omni_cli.stages.checks.timing import jitter_findings, timestamp_findings
 from omni_cli.stages.checks.units import check_unit
@@ -75,6 +81,8 @@ _KEY = {"camera_intrinsics": "camera_name", "sensor_extrinsics": "sensor_name"}
         ("camera_intrinsics", {"cy": 40.0}, "unknown-rig"),
         ("camera_intrinsics", {"cx": -3.0}, "principal-point"),
         ("camera_intrinsics", {"fw_poly_1": 60.0}, "lens-disagrees"),
+        ("camera_intrinsics", {"fw_poly_3": 1e300}, "lens-disagrees"),
+        ("camera_intrinsics", {"height": 0.0}, "unknown-rig"),
         ("camera_intrinsics", {"width": 128.0}, "other-size"),
         ("sensor_extrinsics", {"qw": 0.9}, "quaternion-norm"),
     ],
@@ -83,6 +91,55 @@ def test_a_calibration_that_cannot_be_true_is_named(root, feature, values, code)
     change_table(pai.zip_path(root, feature), _row(feature, **values))
     result = run(root)
     assert {(f["code"], f["recording"]) for f in result["findings"] if f["code"] == code} == {(code, CLIP)}
+
+
+def test_a_null_in_a_calibration_is_no_number(root):
+    table = pai.zip_path(root, "camera_intrinsics")
+    change_table(table, lambda rows: rows.assign(cy=[None] * len(rows)))
+    assert "not-finite" in codes(root)
+
+
+@pytest.mark.fault("F16")
+@pytest.mark.parametrize("values", ["x", [1.0]])  # of each row
+def test_a_calibration_without_numbers_names_its_file(root, values):
+    change_table(pai.zip_path(root, "sensor_extrinsics"), lambda table: table.assign(qx=[values] * len(table)))
+    found = {f["code"]: f for f in run(root)["findings"]}
+    assert found.keys() == {"unreadable-calibration", "refused-by-reader"}
+    assert (
+        found["unreadable-calibration"]["file"] == pai.zip_path(root, "sensor_extrinsics").relative_to(root).as_posix()
+    )
+    assert "qx" in found["unreadable-calibration"]["detail"]
+
+
+def _nested(table):
+    return table.assign(clip_id=[[one] for one in table["clip_id"]])
+
+
+@pytest.mark.fault("F16")
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        (FEATURES_FILE, lambda path: path.write_bytes(b"\x82\xff,\n")),
+        (FEATURES_FILE, lambda path: path.write_bytes(b"a" * 200_000)),
+        (CLIP_INDEX_FILE, lambda path: change_table(path, _nested)),
+        (PRESENCE_FILE, lambda path: change_table(path, _nested)),
+    ],
+)
+def test_an_index_of_another_form_is_one_refusal_that_names_it(root, name, damage):
+    damage(root / name)
+    (found,) = run(root)["findings"]
+    assert (found["code"], found["severity"]) == ("unusable", "refuse")
+    assert name in found["detail"]
+    assert "fetch it again" in found["detail"]
+
+
+@pytest.mark.fault("F16")
+@pytest.mark.parametrize(
+    "text", ['{"size": 1e999, "sha256": ""}', '{"partial": true}', '{"partial": true, "clips": 3}']
+)
+def test_a_receipt_of_another_form_is_torn_and_no_crash(root, text):
+    files.receipt_path(pai.zip_path(root, pai.FRONT)).write_text(text)
+    assert "torn-receipt" in codes(root)
 
 
 def test_rigs_are_told_apart_at_any_size():
@@ -123,6 +180,8 @@ def test_two_revisions_in_one_folder_are_refused(root):
     assert codes(root) - {"unsealed"} == {"absent-upstream"}
     files.write_receipt(root / "features.csv", git_sha1="2" * 40)
     assert "revision-drift" in codes(root)
+    files.write_json(root / MANIFEST_FILE, {"revision": "a" * 40, "files": {"features.csv": 1}, "absent": {}})
+    assert "revision-drift" in codes(root)  # and no crash
     files.write_receipt(root / "features.csv", git_sha1="1" * 40)
     files.write_json(root / REVISION_FILE, {"revision": "b" * 40})
     assert "revision-drift" in codes(root)
@@ -205,6 +264,8 @@ def changed(ego, **values):
         (lambda ego: {"quaternion_xyzw": np.roll(ego.quaternion_xyzw, 1, axis=1)}, {"heading"}),  # w, x, y, z
         (lambda ego: {"curvature_per_m": -ego.curvature_per_m}, {("warn", "curvature-sign")}),
         (lambda ego: {"curvature_per_m": ego.curvature_per_m * 10}, {("warn", "curvature-scale")}),
+        (lambda ego: _scaled(ego, 2.0), {("warn", "curvature-scale")}),
+        (lambda ego: _scaled(ego, 0.5), {("warn", "curvature-scale")}),
         (lambda ego: {"position_m": _held(ego.position_m), "quaternion_xyzw": _held(ego.quaternion_xyzw)}, {"frozen"}),
     ],
 )
@@ -217,6 +278,11 @@ def test_a_motion_that_contradicts_itself_is_found(change, expected, yaw_rate):
     assert bool(found) == bool(expected)
     for word in expected - exact:
         assert any(code.startswith(word) for _, code in found), found
+
+
+def _scaled(ego, factor: float) -> dict:
+    """Positions and velocities of another unit agree with each other; the curvature knows better."""
+    return {"position_m": ego.position_m * factor, "velocity_mps": ego.velocity_mps * factor}
 
 
 def _held(values: np.ndarray) -> np.ndarray:
@@ -262,6 +328,20 @@ def test_duplicates_are_found_among_many_and_others_are_not():
     assert duplicate_pairs(dark) == []
 
 
+def test_each_copy_is_told_once():
+    def facts(name: str, *hashes: int) -> RecordingFacts:
+        shown = {
+            camera: PictureFacts(8, 0, 0, (one,) * 8) for camera, one in zip(("front", "rear"), hashes, strict=True)
+        }
+        times = {camera: np.arange(8) * 100_000 for camera in shown}
+        return RecordingFacts(name, camera_facts(times, shown, {}))
+
+    told = [facts(f"copy-{n}", 2**60 + 5, 99) for n in range(20)] + [facts("front-alone", 2**60 + 5, 2**63 - 1)]
+    found = [(one.code, one.recording, one.detail.split()[2]) for one in duplicate_findings(told)]
+    copies = [("duplicate", name, "copy-0") for name in sorted(f"copy-{n}" for n in range(1, 20))]
+    assert found == [*copies, ("duplicate-camera", "front-alone", "copy-0")]
+
+
 def test_the_same_video_in_two_clips_is_told_without_decoding(root):
     with zipfile.ZipFile(pai.zip_path(root, pai.FRONT)) as archive:
         video = archive.read(pai.member(pai.FRONT, "video", CLIP))
@@ -283,6 +363,21 @@ def test_a_torn_chunk_is_moved_aside_and_bars_its_clips_until_it_is_back(root):
     assert set(read_quarantine(root)) == {CLIP, OTHER}
     assert "was moved to quarantine/" in read_quarantine(root)[CLIP]
     path.write_bytes(whole)  # as the next fetch does
+    assert read_quarantine(root) == {}
+    assert run(root)["refused"] == 0
+
+
+@pytest.mark.fault("F5", "F13")
+@pytest.mark.parametrize("feature", [pai.FRONT, "egomotion"])
+def test_a_chunk_of_a_wrong_size_that_still_opens_bars_its_clips_no_longer_than_it_is_away(root, feature):
+    path = pai.zip_path(root, feature)
+    whole = path.read_bytes()
+    files.write_receipt(path)
+    path.write_bytes(whole + b"x")  # zip readers pass over what follows the directory
+    for _ in range(2):  # the second audit finds that it is not there
+        result = run(root, quarantine=True)
+        assert (result["refused"], result["quarantined"]) == (0, 2)
+    path.write_bytes(whole)
     assert read_quarantine(root) == {}
     assert run(root)["refused"] == 0
 

@@ -34,23 +34,33 @@ def pictures(seed: int, noise: int = 0) -> list[np.ndarray]:
 
 
 def write_shards(folder: Path, drives: dict[str, tuple[str, list[np.ndarray]]]) -> Path:
-    """Write a set with the pictures and the split of each recording."""
+    """Write a set with the pictures and the split of each recording; one without pictures has no window."""
     entries = []
     for name, (split, shown) in drives.items():
+        count, splits = len(shown), [split] * bool(shown)
         columns = {
-            "camera": ["front"] * COUNT,
-            "frame_index": range(COUNT),
-            "timestamp_us": [100_000 * row for row in range(COUNT)],
-            "width_px": [WIDTH] * COUNT,
-            "height_px": [HEIGHT] * COUNT,
+            "camera": ["front"] * count,
+            "frame_index": range(count),
+            "timestamp_us": [100_000 * row for row in range(count)],
+            "width_px": [WIDTH] * count,
+            "height_px": [HEIGHT] * count,
             "pixels": [one.tobytes() for one in shown],
         }
         batch = pa.RecordBatch.from_pydict({key: list(values) for key, values in columns.items()}, FRAMES)
-        tables = ShardTables(Frames(COUNT, lambda batch=batch: iter([batch])), pa.table({"split": [split]}))
+        tables = ShardTables(
+            Frames(count, lambda batch=batch: iter([batch])), pa.table({"split": pa.array(splits, pa.string())})
+        )
         write_recording(folder, name, tables, "key")
         files = {"frames_file": frames_path(folder, name), "windows_file": windows_path(folder, name)}
         listed = {key: listed_file(path) for key, path in files.items()}
-        facts = {"id": name, "group": "", "windows": {split: 1}, "num_frames": COUNT, "dropped": {}, "max_skew_us": 0}
+        facts = {
+            "id": name,
+            "group": "",
+            "windows": {split: len(splits)},
+            "num_frames": count,
+            "dropped": {},
+            "max_skew_us": 0,
+        }
         entries.append(RecordingEntry(**facts, **listed))
     values = {"recipe": "vlm", "settings": {}, "source": "test", "split_rule": "hash"}
     skew = SkewStats(median_us=0, max_us=0)
@@ -65,6 +75,12 @@ def found(folder: Path, **options) -> list[tuple[str, str, str]]:
 
 def test_other_drives_on_either_side_are_no_leak(tmp_path):
     drives = {"a": ("train", pictures(1)), "b": ("val", pictures(2)), "c": ("train", pictures(3))}
+    assert found(write_shards(tmp_path / "one", drives), deep=True) == []
+
+
+def test_recordings_without_a_window_are_passed_over(tmp_path):
+    """As those without a text are, which etl --labels reasoning keeps with no row."""
+    drives = {"a": ("train", pictures(1)), "b": ("val", pictures(2)), "c": ("train", []), "d": ("val", [])}
     assert found(write_shards(tmp_path / "one", drives), deep=True) == []
 
 

@@ -35,7 +35,7 @@ ONE = CAMERA_SETS["1-cam"]
 
 
 def recipe_of(labels, *, steps=30, **sample):
-    values = {"cameras": "1-cam", "window": 4, "stride": 8, "canvas_px": 112, "labels": labels, **sample}
+    values = {"cameras": "1-cam", "window": 4, "stride": 16, "canvas_px": 84, "labels": labels, **sample}
     train = VlmTrain(batch_size=4, learning_rate=3e-3, max_steps=steps, gradient_checkpointing=False, workers=0)
     return tiny_recipe(cameras=values["cameras"], sample=VlmSample(**values), train=train)
 
@@ -99,7 +99,7 @@ def test_eval_measures_paths_beside_what_needs_no_eyes(made):
 
 def test_infer_writes_what_it_says_and_an_overlay_of_the_path(made, tmp_path):
     name = open_shards(made.shards).manifest.recordings[0].id
-    request = InferRequest((name,), data=made.data, out=tmp_path, overlay=True, stride=8)
+    request = InferRequest((name,), data=made.data, out=tmp_path, overlay=True, stride=24)
     result = infer(made.recipe, subject_of_run(made.run), request, QUIET)
     lines = [json.loads(line) for line in Path(result["clips"][0]["file"]).read_text().splitlines()]
     known = [line for line in lines if "truth" in line]

@@ -83,13 +83,16 @@ def histogram(told: Mapping[str, Any], label: str, *, is_log: bool = False) -> F
     edges, counts = np.array(told["edges"]), np.array(told["counts"])
     figure = Figure(figsize=(5.3, 2.9), layout="constrained")
     axis = figure.subplots()
-    axis.bar(edges[:-1], 100 * counts / max(counts.sum(), 1), np.diff(edges), align="edge", color=_BLUE)
+    shares = 100 * counts / max(counts.sum(), 1)
+    axis.bar(edges[:-1], shares, np.diff(edges), align="edge", color=_BLUE)
     axis.set_xlim(*_shown(edges, counts))
+    axis.locator_params(axis="x", nbins=6)  # labels of small numbers are long
     axis.set_xlabel(label)
     axis.set_ylabel("share of the time [%]")
     axis.spines[["top", "right"]].set_visible(False)
     if is_log and counts.any():
         axis.set_yscale("log")
+        axis.set_ylim(shares[shares > 0].min() / 10, 200)  # the smallest bar is a bar too
     return figure
 
 

@@ -65,10 +65,15 @@ def duplicate_findings(facts: Sequence[RecordingFacts]) -> Iterator[Finding]:
                 exact.add((other, one.recording))
                 detail = f"the same video as {other}, byte for byte; keep one, or both in one split"
                 yield warn("duplicate-video", detail).about(one.recording, camera)
-    seen = {one.recording: recording_hashes(one) for one in facts}
-    for pair in duplicate_pairs(seen):
-        if (pair.one, pair.other) not in exact:
-            yield _duplicate(pair)
+    pairs = duplicate_pairs({one.recording: recording_hashes(one) for one in facts})
+    yield from (_duplicate(pair) for pair in _first_of_each(pairs) if (pair.one, pair.other) not in exact)
+
+
+def _first_of_each(pairs: Sequence[Pair]) -> list[Pair]:
+    """Return one pair for each later recording, a whole one where it has one: of 100 copies 99, and not 4950."""
+    first = {pair.other: pair for pair in reversed(pairs)}
+    whole = {pair.other: pair for pair in reversed(pairs) if pair.is_whole}
+    return sorted((first | whole).values(), key=lambda pair: (pair.other, pair.one))
 
 
 def _duplicate(pair: Pair) -> Finding:

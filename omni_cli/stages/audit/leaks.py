@@ -38,6 +38,7 @@ def picture_findings(shards: ShardSet, chosen: Sequence[RecordingEntry]) -> Iter
         shards: the set.
         chosen: the recordings whose pictures are read; files that do not match their receipts are not among them.
     """
+    chosen = [entry for entry in chosen if any(entry.windows.values())]  # one without a text has neither
     if len({split for entry in chosen for split, count in entry.windows.items() if count}) < 2:
         return  # there is no other side
     hashes = {entry.id: {"": _hashes(shards, entry)} for entry in chosen}

@@ -55,7 +55,8 @@ def write_report(
 
 def _section(one: FolderAudit, told: Mapping[str, Any]) -> Section:
     recordings = tuple(sorted({name for unit in one.units for name in unit.recordings}))
-    there = {facts.recording: tuple(facts.cameras) for facts in one.facts if facts.recording in set(recordings)}
+    known = set(recordings)
+    there = {facts.recording: tuple(facts.cameras) for facts in one.facts if facts.recording in known}
     return Section(str(one.folder), recordings, there, told, tuple(one.findings), _worst(one))
 
 

@@ -145,7 +145,7 @@ def _audit_folder(kind: str, folder: Path, request: AuditRequest, subset: Subset
         _audit_split(audited, request, subset)
     audited.findings = [replace(finding, place=str(folder)) for finding in audited.findings]
     if request.quarantine:
-        audited.moved, audited.listed = set_aside(kind, folder, audited.findings)
+        audited.moved, audited.listed = set_aside(kind, folder, audited.findings, audited.units)
         if audited.moved or audited.listed:
             told = f"moved {len(audited.moved)} damaged files aside, listed {audited.listed} recordings"
             console.say(f"{told}: {folder / QUARANTINE_FILE}")

@@ -20,7 +20,7 @@ _MAX_HEADING_RAD = np.radians(30)
 _TURNING_RAD = 0.02  # in _OVER_US
 _MIN_TURNS = 5
 _OPPOSITE_SHARE = 0.8
-_MAX_CURVATURE_RATIO = 2.0
+_MAX_CURVATURE_RATIO = 1.5  # a log of half or twice its size is then found
 
 
 def agreement_findings(ego: EgoMotion) -> Iterator[Finding]:

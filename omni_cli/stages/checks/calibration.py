@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from numpy.polynomial.polynomial import polyval
 
 from omni_cli.errors import DataError
@@ -42,7 +43,7 @@ class Calibrations:
     def rig(self, clip: str) -> str:
         """Return A, B, unknown, or nothing where no table tells it."""
         row = self.intrinsics.get((clip, FRONT_WIDE))
-        return rig_of(float(row["cy"]), float(row["height"])) if row else ""
+        return rig_of(row["cy"], row["height"]) if row else ""
 
     def size_px(self, clip: str, camera: str) -> tuple[int, int] | None:
         """Return the size of picture that a camera is calibrated for, where a table tells it."""
@@ -79,7 +80,7 @@ class Calibrations:
         if not (0 < cx < width and 0 < cy < height):
             yield warn("principal-point", f"({cx:.0f}, {cy:.0f}) lies outside of {width:.0f}x{height:.0f}")
         error = _inverse_error_rad(values[4:9], values[9:14], min(width, height) / 2)
-        if error > _MAX_INVERSE_ERROR_RAD:
+        if not error <= _MAX_INVERSE_ERROR_RAD:  # NaN where a polynomial runs away
             yield warn("lens-disagrees", f"fw_poly and bw_poly are no inverse of each other: off by {error:.3f} rad")
 
     def _extrinsic(self, clip: str, camera: str) -> Iterator[Finding]:
@@ -107,7 +108,7 @@ class Calibrations:
             yield warn("bad-offline-calibration", "camera_intrinsics.offline: model_parameters cannot be read")
             return
         online = self.intrinsics.get((clip, camera))
-        if online is not None:
+        if online is not None and online["height"] > 0 and online["fw_poly_1"]:
             yield from _apart(focal, cy / height, float(online["fw_poly_1"]), online["cy"] / online["height"])
 
     def _read(self, feature: str, key: str, columns: tuple[str, ...]) -> Rows:
@@ -116,7 +117,7 @@ class Calibrations:
         if not path.is_file():
             return {}
         try:
-            table = read_table(path, name, ("clip_id", key, *columns)).to_pandas()
+            table = _as_numbers(read_table(path, name, ("clip_id", key, *columns)), name).to_pandas()
         except DataError as error:
             self.unreadable.append(refuse("unreadable-calibration", str(error), name))
             return {}
@@ -126,8 +127,19 @@ class Calibrations:
 
 def rig_of(cy_px: float, height_px: float) -> str:
     """Return the rig whose front-wide camera looks so."""
-    row = (cy_px + 0.5) * _FULL_HEIGHT_PX / height_px - 0.5  # resized pixel centres
+    row = (cy_px + 0.5) * _FULL_HEIGHT_PX / max(height_px, 1.0) - 0.5  # resized pixel centres
     return next((rig for rig, (low, high) in RIG_ROWS.items() if low <= row <= high), UNKNOWN_RIG)
+
+
+def _as_numbers(table: pa.Table, name: str) -> pa.Table:
+    """Return the table with its parameters as float64, NaN where one is null."""
+    for column in {*INTRINSIC_COLUMNS, *EXTRINSIC_COLUMNS}.intersection(table.column_names):
+        try:
+            numbers = table[column].cast(pa.float64())
+        except pa.ArrowException:
+            raise DataError(f"{name}: {column} is {table[column].type}, numbers expected; fetch it again") from None
+        table = table.set_column(table.column_names.index(column), column, numbers)
+    return table
 
 
 def _rows(frame: pd.DataFrame, key: str, columns: Sequence[str]) -> Rows:
@@ -137,8 +149,9 @@ def _rows(frame: pd.DataFrame, key: str, columns: Sequence[str]) -> Rows:
 
 def _inverse_error_rad(backward: np.ndarray, forward: np.ndarray, radius_px: float) -> float:
     """Return how far bw(r) is from the angle whose radius fw gives, inside the picture's smaller half."""
-    angles = np.linspace(0, float(polyval(radius_px, backward)), 32)
-    return float(np.abs(polyval(polyval(angles, forward), backward) - angles).max())
+    with np.errstate(over="ignore", invalid="ignore"):
+        angles = np.linspace(0, float(polyval(radius_px, backward)), 32)
+        return float(np.abs(polyval(polyval(angles, forward), backward) - angles).max())
 
 
 def _focal_px(model: Mapping[str, Any]) -> float:

@@ -139,11 +139,18 @@ def _index_findings(root: Path, has_no_presence: bool) -> Iterator[Finding]:
 
 def _template_findings(path: Path) -> Iterator[Finding]:
     """A repository that renames its members would be misread: say so before anything looks missing."""
-    with path.open(newline="") as stream:
-        for row in csv.reader(stream):
-            if row and row[0] in FEATURES and not _is_same_row(row, FEATURES[row[0]].csv_row()):
-                expected = ",".join(FEATURES[row[0]].csv_row())
-                yield refuse("changed-template", f"{FEATURES_FILE}: {','.join(row)!r}; {expected!r} expected")
+    for row in _csv_rows(path):
+        if row and row[0] in FEATURES and not _is_same_row(row, FEATURES[row[0]].csv_row()):
+            expected = ",".join(FEATURES[row[0]].csv_row())
+            yield refuse("changed-template", f"{FEATURES_FILE}: {','.join(row)!r}; {expected!r} expected")
+
+
+def _csv_rows(path: Path) -> list[list[str]]:
+    try:
+        with path.open(newline="", encoding="utf-8") as stream:
+            return list(csv.reader(stream))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a readable CSV table ({error}); fetch it again") from None
 
 
 def _is_same_row(found: list[str], expected: tuple[str, str, str, str]) -> bool:
@@ -193,4 +200,7 @@ def _read_index(path: Path, columns: tuple[str, ...]) -> pa.Table:
         raise DataError(f"{path}: not a readable Parquet table ({error}); fetch it again") from None
     if missing := [name for name in columns if name not in table.column_names]:
         raise DataError(f"{path}: has no column {missing[0]}; it has {', '.join(table.column_names)}; fetch it again")
+    used = [*columns, *(name for name in ("clip_is_valid", *FEATURES) if name in table.column_names)]
+    if nested := [name for name in used if pa.types.is_nested(table.schema.field(name).type)]:
+        raise DataError(f"{path}: column {nested[0]} holds lists or structures; plain values expected; fetch it again")
     return table

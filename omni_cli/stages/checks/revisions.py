@@ -26,7 +26,8 @@ def revision_findings(root: Path) -> Iterator[Finding]:
         yield refuse("revision-drift", f"{REVISION_FILE} says {held}, {MANIFEST_FILE} says {manifest.get('revision')}")
     for name, facts in sorted(_table(manifest, "files").items()):
         receipt = files.read_receipt(root / name)
-        if receipt is not None and receipt.get("git_sha1") != facts.get("git_sha1"):
+        listed = facts.get("git_sha1") if isinstance(facts, dict) else None
+        if receipt is not None and receipt.get("git_sha1") != listed:
             yield refuse("revision-drift", f"{name}: not of the revision that {MANIFEST_FILE} lists; fetch it again")
     for name, why in sorted(_table(manifest, "absent").items()):
         yield warn("absent-upstream", f"{name}: {why}")
