@@ -80,7 +80,7 @@ class Land:
         remove_leftovers(self.staged.parent)
         if not landing.is_landed(self.path, sha256=sha256_of_bytes(NEW)):
             self.staged.write_bytes(NEW)
-            landing.land(self.staged, self.path)
+            landing.land(self.staged, self.path, sha256=sha256_of_bytes(NEW))
 
     def wrong(self) -> list[str]:
         return ["the file"] if landing.is_landed(self.path) and self.path.read_bytes() != NEW else []
