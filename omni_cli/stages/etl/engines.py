@@ -11,6 +11,7 @@ import secrets
 import signal
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -77,15 +78,16 @@ def _run_on_ray(job: Job, units: Sequence[Unit], workers: int | None, worker_gb:
         shared, actor_class = ray.put(job), ray.remote(num_cpus=1)(UnitActor)
         places = min(workers or int(ray.cluster_resources()["CPU"]), len(units))
         actors = deque(actor_class.remote(shared, worker_gb) for _ in range(places))
-        running: dict[Any, tuple[Any, Unit]] = {}
+        running: dict[Future[UnitOutcome], tuple[Any, Unit]] = {}
         while todo or running:
             while todo and actors:
                 actor, unit = actors.popleft(), todo.popleft()
-                running[actor.run.remote(unit)] = actor, unit
-            (ended,), _ = ray.wait(list(running), num_returns=1)
+                running[actor.run.remote(unit).future()] = actor, unit
+            # ray.wait would answer a signal with a SystemError now and then: no handler may raise inside it
+            ended = next(iter(wait(running, return_when=FIRST_COMPLETED).done))
             actor, unit = running.pop(ended)
             try:
-                outcome = ray.get(ended)
+                outcome = ended.result()
                 actors.append(actor)
             except ray.exceptions.RayActorError:
                 actors.append(actor_class.remote(shared, worker_gb))
