@@ -4,6 +4,7 @@ Source: NVIDIA/ncore, `data/types.py` and `tools/data_converter/pai`. Its princi
 package already (an integer is the centre of a pixel); ncore adds the half pixel for its own.
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping
@@ -17,6 +18,14 @@ _MAX_CHARACTERS = 100_000
 _MAX_COEFFICIENTS = 6
 
 
+class UnknownLensError(DataError):
+    """A camera that is described well and that omni cannot compute."""
+
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind  # in words
+
+
 def offline_camera_model(model_type: str, parameters: str, name: str) -> FTheta:
     """Return the camera that a row of camera_intrinsics.offline describes.
 
@@ -26,20 +35,23 @@ def offline_camera_model(model_type: str, parameters: str, name: str) -> FTheta:
         name: what to call the row in an error.
 
     Raises:
-        DataError: it is of another type, no JSON, lacks a number, or bends its rays at a windshield, too.
+        UnknownLensError: it is of another type, or bends its rays at a windshield, too.
+        DataError: it is no JSON, or lacks a number.
     """
     if model_type != "ftheta":
-        raise DataError(f"{name}: camera model {model_type!r}; expected ftheta, choose another camera")
+        message = f"{name}: camera model {str(model_type)[:40]!r}; expected ftheta, choose another camera"
+        raise UnknownLensError(message, "of another lens")
     said = _read(parameters, name)
     if said.get("external_distortion_parameters") is not None:
-        raise DataError(f"{name}: a windshield model, which omni does not apply; use camera_intrinsics instead")
+        message = f"{name}: a windshield model, which omni does not apply; use camera_intrinsics instead"
+        raise UnknownLensError(message, "a lens behind a windshield")
     try:
         width, height = (int(side) for side in said["resolution"])
         cx, cy = (float(value) for value in said["principal_point"])
         forward, backward = (_poly(said[key]) for key in ("angle_to_pixeldist_poly", "pixeldist_to_angle_poly"))
         linear, exact = _poly(said["linear_cde"]), _EXACT[said["reference_poly"]]
         max_angle = float(said["max_angle"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{name}: not the parameters of an f-theta camera ({error!r}); fetch it again") from None
     numbers = (cx, cy, max_angle, *forward, *backward, *linear)
     if not all(map(math.isfinite, numbers)) or min(width, height) < 1 or not 0 < max_angle <= math.pi:
@@ -53,12 +65,12 @@ def offline_camera_model(model_type: str, parameters: str, name: str) -> FTheta:
 
 
 def _read(parameters: str, name: str) -> dict[str, Any]:
-    try:
-        said = json.loads(parameters) if len(parameters) <= _MAX_CHARACTERS else None
-    except ValueError:
-        said = None
+    said = None
+    if isinstance(parameters, str) and len(parameters) <= _MAX_CHARACTERS:  # a table may hold anything
+        with contextlib.suppress(ValueError, RecursionError):
+            said = json.loads(parameters)
     if not isinstance(said, dict):
-        raise DataError(f"{name}: model_parameters is no JSON object ({parameters[:80]!r}); fetch it again")
+        raise DataError(f"{name}: model_parameters is no JSON object ({str(parameters)[:80]!r}); fetch it again")
     return said
 
 

@@ -72,6 +72,7 @@ _RADARS = (
 REASONING = "reasoning"  # one table of the whole dataset, not a feature of its chunks
 FEATURE_SETS = {"labels": _LABELS, "calibration": _CALIBRATIONS, "lidar": _LIDARS, "radar": _RADARS}
 
+MOST_CHUNKS = 10_000  # a chunk's number has four digits
 FEATURES_FILE = "features.csv"
 CLIP_INDEX_FILE = "clip_index.parquet"
 PRESENCE_FILE = "metadata/feature_presence.parquet"
@@ -105,6 +106,14 @@ INTRINSIC_COLUMNS = (  # indexed by (clip_id, camera_name); theta = bw_poly(r px
     *(f"bw_poly_{i}" for i in range(5)),
     *(f"fw_poly_{i}" for i in range(5)),
 )
+LENS_COLUMNS = ("model_type", "model_parameters")  # of camera_intrinsics.offline: a name, and a JSON text
+OFFLINE_CALIBRATION = ("camera_intrinsics.offline", "sensor_extrinsics.offline")
+CALIBRATION_COLUMNS = {  # table -> the key beside clip_id, and its columns
+    "camera_intrinsics": ("camera_name", INTRINSIC_COLUMNS),
+    "camera_intrinsics.offline": ("camera_name", LENS_COLUMNS),
+    "sensor_extrinsics": ("sensor_name", EXTRINSIC_COLUMNS),
+    "sensor_extrinsics.offline": ("sensor_name", EXTRINSIC_COLUMNS),
+}
 
 
 @dataclass(frozen=True)
@@ -140,6 +149,11 @@ def _features() -> tuple[Feature, ...]:
         *(Feature(n, "lidar", "zip", (("pointclouds", f"{n}.parquet"),)) for n in _LIDARS),
         *(Feature(n, "radar", "zip", (("scans", f"{n}.parquet"),)) for n in _RADARS),
     )
+
+
+def is_chunk(number: object) -> bool:
+    """Return whether something may be a chunk's number: it becomes a part of paths."""
+    return type(number) is int and 0 <= number < MOST_CHUNKS
 
 
 FEATURES: dict[str, Feature] = {feature.name: feature for feature in _features()}

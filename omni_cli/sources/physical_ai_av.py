@@ -2,7 +2,7 @@
 
 The folder given may be the repository's layout itself, a hub cache, the repository's folder in one, or a snapshot; it
 may hold any part of the dataset. Only recordings of which a camera is on disk are listed: of a chunk's zip that was
-fetched by clips, those that its receipt names.
+fetched by clips, those that its receipt names. Which of its two calibrations a clip has: calibration_tables.py.
 """
 
 import re
@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-from scipy.spatial.transform import Rotation
 
 from omni_cli import files
 from omni_cli.errors import DataError
 from omni_cli.formats import physical_ai_av as layout
 from omni_cli.formats.fetched import absent_upstream, clips_on_disk, read_origin, upstream_sha256
-from omni_cli.scene.cameras import Calibration
-from omni_cli.scene.poses import EgoMotion, Pose
+from omni_cli.scene.poses import EgoMotion
 from omni_cli.scene.recording import CameraStream, Caption, Recording
 from omni_cli.sources import RecordingRef
+from omni_cli.sources.calibration_tables import CalibrationTables
+from omni_cli.sources.index_names import shown, unsafe_clip_reason
 from omni_cli.sources.parquet_tables import numbers, read_table, timestamps
 from omni_cli.sources.reasoning_table import parse_events, read_events
 from omni_cli.sources.zip_members import ZipDirectory, read_directory
@@ -31,7 +31,6 @@ SOURCE = "physical_ai_av"
 _REVISION = re.compile(r"[0-9a-f]{40}")
 _EGO_MARGIN_US = 7_000_000  # the log may run for minutes; the longest published horizon is 6.4 s
 _MAX_NORM_ERROR = 1e-3
-_Rows = Mapping[tuple[str, str], Mapping[str, float]]  # (clip id, sensor) -> row
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,6 @@ class PhysicalAiAv:
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         self._directories: dict[Path, ZipDirectory] = {}
-        self._calibrations: dict[Path, _Rows] = {}
 
     @cached_property
     def root(self) -> Path:
@@ -92,6 +90,8 @@ class PhysicalAiAv:
         Raises:
             DataError: the clip is unknown, or a file, member or value is missing or wrong.
         """
+        if reason := unsafe_clip_reason(recording_id):
+            raise DataError(f"{self.root}: {shown(recording_id)} can be no clip's id: {reason}; fetch the index again")
         if recording_id not in self._index:
             raise DataError(
                 f"{self.root}: no clip {recording_id} in {layout.CLIP_INDEX_FILE}; check the id, or fetch it"
@@ -110,7 +110,7 @@ class PhysicalAiAv:
             ego=self._ego(recording_id, chunk).between(first - _EGO_MARGIN_US, last + _EGO_MARGIN_US),
             captions=self._captions(recording_id),
             group=recording_id,  # the dataset does not say which clips are of one drive
-            provenance=self._provenance(chunk, names),
+            provenance=self._provenance(recording_id, chunk, names),
         )
 
     @cached_property
@@ -122,7 +122,11 @@ class PhysicalAiAv:
     def _index(self) -> dict[str, _Entry]:
         path = self.root / layout.CLIP_INDEX_FILE
         table = read_table(path, str(path), ("clip_id", "clip_is_valid", "chunk", "split")).to_pydict()
-        rows = zip(*(table[name] for name in ("clip_id", "clip_is_valid", "chunk", "split")), strict=True)
+        rows = list(zip(*(table[name] for name in ("clip_id", "clip_is_valid", "chunk", "split")), strict=True))
+        if wrong := [(clip, chunk) for clip, _, chunk, _ in rows if not layout.is_chunk(chunk)]:
+            clip, chunk = map(shown, wrong[0])
+            raise DataError(f"{path}: clip {clip} in chunk {chunk}; a chunk's number is 0 to {layout.MOST_CHUNKS - 1}: "
+                            "fetch it again")  # fmt: skip
         entries = {str(clip): _Entry(int(chunk), str(split)) for clip, valid, chunk, split in rows if valid}
         splits = self.root / layout.SPLIT_FILE
         if splits.is_file():
@@ -143,6 +147,10 @@ class PhysicalAiAv:
         return self._directories[path]
 
     @cached_property
+    def _calibrations(self) -> CalibrationTables:
+        return CalibrationTables(self.root)
+
+    @cached_property
     def _absent(self) -> frozenset[str]:
         """Return the paths that `omni fetch` found to be missing on the hub."""
         return absent_upstream(self.root)
@@ -150,7 +158,7 @@ class PhysicalAiAv:
     def _cameras_of(self, clip_id: str, chunk: int) -> tuple[str, ...]:
         there = [name for name in layout.CAMERAS if self._chunk_file(name, chunk).is_file()]
         video = {name: layout.FEATURES[name].member(clip_id, "video") for name in there}
-        return tuple(name for name in there if video[name] in self._directory(name, chunk).headers)
+        return tuple(name for name in there if video[name] in self._directory(name, chunk).entries)
 
     def _camera(self, clip_id: str, chunk: int, camera: str) -> CameraStream:
         if camera not in layout.CAMERAS:
@@ -161,7 +169,7 @@ class PhysicalAiAv:
         table = read_table(directory.read(member), name, ("timestamp",))
         video = directory.locate(feature.member(clip_id, "video"))
         times = timestamps(table, "timestamp", name)
-        return CameraStream(camera, (video,), times, self._calibration(clip_id, chunk, camera))
+        return CameraStream(camera, (video,), times, self._calibrations.of_camera(clip_id, chunk, camera).calibration)
 
     def _ego(self, clip_id: str, chunk: int) -> EgoMotion:
         directory = self._directory("egomotion", chunk)
@@ -179,32 +187,10 @@ class PhysicalAiAv:
             return ()
         return parse_events(self._events[clip_id], f"{self.root / layout.REASONING_FILE}: clip {clip_id}")
 
-    def _calibration(self, clip_id: str, chunk: int, camera: str) -> Calibration | None:
-        """Return the calibration, or None where its tables were not fetched."""
-        paths = [self._chunk_file(feature, chunk) for feature in ("camera_intrinsics", "sensor_extrinsics")]
-        if not all(path.is_file() for path in paths):
-            return None
-        intrinsics = self._rows(paths[0], "camera_name", layout.INTRINSIC_COLUMNS)
-        extrinsics = self._rows(paths[1], "sensor_name", layout.EXTRINSIC_COLUMNS)
-        for path, rows in zip(paths, (intrinsics, extrinsics), strict=True):
-            if (clip_id, camera) not in rows:
-                raise DataError(f"{path}: no row for {camera} of clip {clip_id}; fetch this chunk again")
-        pose = extrinsics[clip_id, camera]
-        rotation = Rotation.from_quat([pose[name] for name in ("qx", "qy", "qz", "qw")])
-        rig_T_camera = Pose(rotation, np.array([pose[name] for name in ("x", "y", "z")]))
-        return Calibration(layout.camera_model(intrinsics[clip_id, camera]), rig_T_camera)
-
-    def _rows(self, path: Path, sensor_key: str, columns: tuple[str, ...]) -> _Rows:
-        if path not in self._calibrations:
-            table = read_table(path, str(path), ("clip_id", sensor_key, *columns))
-            keys = zip(table.column("clip_id").to_pylist(), table.column(sensor_key).to_pylist(), strict=True)
-            values = numbers(table, columns, str(path)).tolist()
-            rows = (dict(zip(columns, row, strict=True)) for row in values)
-            self._calibrations[path] = dict(zip(keys, rows, strict=True))
-        return self._calibrations[path]
-
-    def _provenance(self, chunk: int, cameras: tuple[str, ...]) -> dict[str, str]:
+    def _provenance(self, clip_id: str, chunk: int, cameras: tuple[str, ...]) -> dict[str, str]:
         facts = {"revision": self.revision, "licence": self._pinned.get("licence", layout.LICENCE)}
+        for camera in cameras:
+            facts[f"calibration_{camera}"] = self._calibrations.of_camera(clip_id, chunk, camera).origin
         for feature in ("egomotion", *cameras):
             receipt = files.read_receipt(self._chunk_file(feature, chunk))
             if receipt is not None:  # of the hub's file: clips have the same origin, fetched alone or with their chunk

@@ -7,13 +7,13 @@ in whatever order, and a camera's pictures do not depend on which other cameras 
 import math
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from omni_cli.errors import UsageError
 from omni_cli.formats.physical_ai_av import CAMERAS
-from omni_cli.scene.cameras import Calibration
+from omni_cli.scene.cameras import Calibration, FTheta
 from omni_cli.scene.clock import Int64Array
 from omni_cli.world.motion import Drive, random_drive, winding_drive
 from omni_cli.world.render import Uint8Array, World, build_world, camera_view, render
@@ -22,6 +22,8 @@ from omni_cli.world.rig import RIGS, random_rig
 _GOLDEN = (5**0.5 - 1) / 2
 _MAX_JITTER_US = 50
 ROADS = ("gentle", "winding")
+LinearTerm = tuple[float, float, float]
+NO_LINEAR_TERM: LinearTerm = (1.0, 0.0, 0.0)
 _PURPOSES = ("name", "drive", "world", "rig", "cameras", "split", "metadata")
 
 
@@ -97,15 +99,22 @@ def rig_of(spec: SyntheticSpec, chunk: int, index: int) -> str:
     return str(generator(spec, chunk, index, "rig").choice(RIGS)) if spec.rig == "mixed" else spec.rig
 
 
-def build_clip(spec: SyntheticSpec, chunk: int, index: int) -> Clip:
-    """Make a clip's drive, world and cameras."""
+def build_clip(spec: SyntheticSpec, chunk: int, index: int, linear_cde: LinearTerm = NO_LINEAR_TERM) -> Clip:
+    """Make a clip's drive, world and cameras, whose lenses are sheared by a linear term (FTheta tells how)."""
     drive = build_drive(spec, chunk, index)
     rig = rig_of(spec, chunk, index)
     cameras = generator(spec, chunk, index, "cameras")
     calibrations = random_rig(cameras, rig, width_px=spec.width_px, height_px=spec.height_px, cameras=spec.cameras)
+    if linear_cde != NO_LINEAR_TERM:
+        calibrations = {camera: _sheared(found, linear_cde) for camera, found in calibrations.items()}
     times = {camera: _timestamps(cameras, spec) for camera in CAMERAS}
     world = build_world(generator(spec, chunk, index, "world"), drive, spec.clutter)
     return Clip(world, rig, calibrations, {camera: times[camera] for camera in spec.cameras})
+
+
+def _sheared(calibration: Calibration, linear_cde: LinearTerm) -> Calibration:
+    assert isinstance(calibration.model, FTheta)
+    return replace(calibration, model=replace(calibration.model, linear_cde=linear_cde))
 
 
 def build_drive(spec: SyntheticSpec, chunk: int, index: int) -> Drive:

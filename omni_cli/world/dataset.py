@@ -22,7 +22,7 @@ from omni_cli.formats import physical_ai_av as layout
 from omni_cli.formats.video import encode_h264
 from omni_cli.scene.cameras import Calibration, FTheta
 from omni_cli.scene.poses import EgoMotion
-from omni_cli.world.clip import Clip, SyntheticSpec, build_clip, clip_id, generator, rig_of
+from omni_cli.world.clip import NO_LINEAR_TERM, Clip, LinearTerm, SyntheticSpec, build_clip, clip_id, generator, rig_of
 from omni_cli.world.reasons import reasoning_events
 from omni_cli.world.rig import VEHICLES
 
@@ -44,9 +44,12 @@ class ClipFiles:
     members: Mapping[str, tuple[tuple[str, bytes], ...]]  # feature -> (member name, content), in the order written
     intrinsics: Mapping[str, Mapping[str, float]]  # camera -> row
     extrinsics: Mapping[str, Mapping[str, float]]
+    lenses: Mapping[str, Mapping[str, Any]]  # of the offline table, which alone can tell a linear term
 
 
-def render_clip(spec: SyntheticSpec, chunk: int, index: int, video: bytes | None = None) -> ClipFiles:
+def render_clip(
+    spec: SyntheticSpec, chunk: int, index: int, video: bytes | None = None, linear_cde: LinearTerm = NO_LINEAR_TERM
+) -> ClipFiles:
     """Render one clip; deterministic, independent of every other clip.
 
     Args:
@@ -54,8 +57,9 @@ def render_clip(spec: SyntheticSpec, chunk: int, index: int, video: bytes | None
         chunk: the clip's chunk.
         index: its place there.
         video: what every camera is to show instead of the world; of the spec's size, rate and length.
+        linear_cde: of every lens; the online calibration cannot tell it, the offline one does.
     """
-    clip, name = build_clip(spec, chunk, index), clip_id(spec, chunk, index)
+    clip, name = build_clip(spec, chunk, index, linear_cde), clip_id(spec, chunk, index)
     members = {
         camera: _camera_members(clip, name, camera, _rendered(clip, camera, spec.fps) if video is None else video)
         for camera in spec.cameras
@@ -64,10 +68,13 @@ def render_clip(spec: SyntheticSpec, chunk: int, index: int, video: bytes | None
     members["egomotion"] = ((layout.FEATURES["egomotion"].member(name, "egomotion"), log),)
     intrinsics = {camera: _intrinsics_row(calibration) for camera, calibration in clip.calibrations.items()}
     extrinsics = {camera: _extrinsics_row(calibration) for camera, calibration in clip.calibrations.items()}
-    return ClipFiles(name, clip.rig, members, intrinsics, extrinsics)
+    lenses = {camera: _lens_row(calibration) for camera, calibration in clip.calibrations.items()}
+    return ClipFiles(name, clip.rig, members, intrinsics, extrinsics, lenses)
 
 
-def write_chunk(root: Path, spec: SyntheticSpec, chunk: int, clips: Sequence[ClipFiles]) -> list[Path]:
+def write_chunk(
+    root: Path, spec: SyntheticSpec, chunk: int, clips: Sequence[ClipFiles], *, with_offline: bool = False
+) -> list[Path]:
     """Write a chunk's zips and calibration tables with a receipt each; return their paths.
 
     Args:
@@ -75,6 +82,7 @@ def write_chunk(root: Path, spec: SyntheticSpec, chunk: int, clips: Sequence[Cli
         spec: what the clips were rendered from.
         chunk: the chunk's number.
         clips: all clips of the chunk, in any order.
+        with_offline: write the offline calibration, too.
     """
     by_name = {clip.clip_id: clip for clip in clips}
     ordered = [by_name[clip_id(spec, chunk, index)] for index in range(spec.clips_per_chunk)]
@@ -87,16 +95,19 @@ def write_chunk(root: Path, spec: SyntheticSpec, chunk: int, clips: Sequence[Cli
         "sensor_extrinsics": _calibration_table({c.clip_id: c.extrinsics for c in ordered}, "sensor_name"),
         "vehicle_dimensions": _clip_table({c.clip_id: asdict(VEHICLES[c.rig]) for c in ordered}),
     }
+    if with_offline:
+        offline = _calibration_table({c.clip_id: c.lenses for c in ordered}, "camera_name"), tables["sensor_extrinsics"]
+        tables |= dict(zip(layout.OFFLINE_CALIBRATION, offline, strict=True))
     for feature, table in tables.items():
         written.append(_commit(root / layout.FEATURES[feature].chunk_path(chunk), _parquet(table)))
     return written
 
 
-def write_indices(root: Path, spec: SyntheticSpec, chunks: Sequence[int]) -> list[Path]:
+def write_indices(root: Path, spec: SyntheticSpec, chunks: Sequence[int], *, with_offline: bool = False) -> list[Path]:
     """Write features.csv, the clip index, metadata, reasons and the origin of these chunks; return their paths."""
     clips = [(chunk, index) for chunk in sorted(chunks) for index in range(spec.clips_per_chunk)]
     rows = {clip_id(spec, chunk, index): (chunk, index) for chunk, index in clips}
-    made = {*spec.cameras, "egomotion", *_CALIBRATION_FEATURES}
+    made = {*spec.cameras, "egomotion", *_CALIBRATION_FEATURES, *(layout.OFFLINE_CALIBRATION if with_offline else ())}
     presence = {feature: feature in made for feature in layout.FEATURES}
     contents = {
         layout.FEATURES_FILE: _features_csv(),
@@ -144,6 +155,25 @@ def _intrinsics_row(calibration: Calibration) -> dict[str, float]:
     return dict(zip(layout.INTRINSIC_COLUMNS, map(float, numbers), strict=True))
 
 
+def _lens_row(calibration: Calibration) -> dict[str, Any]:
+    """Return what camera_intrinsics.offline says of a camera; rays are cast by the backward polynomial."""
+    model = calibration.model
+    assert isinstance(model, FTheta)
+    parameters = {
+        "resolution": [model.width_px, model.height_px],
+        "shutter_type": "GLOBAL",
+        "shutter_delay_us": 0,
+        "principal_point": [model.cx_px, model.cy_px],
+        "reference_poly": "PIXELDIST_TO_ANGLE",
+        "pixeldist_to_angle_poly": model.backward_poly,
+        "angle_to_pixeldist_poly": model.forward_poly,
+        "max_angle": model.max_angle_rad,
+        "linear_cde": model.linear_cde,
+        "external_distortion_parameters": None,
+    }
+    return {"model_type": "ftheta", "model_parameters": json.dumps(parameters), "ego_mask_image_png": b""}
+
+
 def _extrinsics_row(calibration: Calibration) -> dict[str, float]:
     pose = calibration.rig_T_camera
     numbers = (*pose.rotation.as_quat(), *pose.translation_m)
@@ -182,7 +212,7 @@ def _clip_table(rows: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(list(rows.values()), index=pd.Index(list(rows), name="clip_id"))
 
 
-def _calibration_table(rows: Mapping[str, Mapping[str, Mapping[str, float]]], sensor_key: str) -> pd.DataFrame:
+def _calibration_table(rows: Mapping[str, Mapping[str, Mapping[str, Any]]], sensor_key: str) -> pd.DataFrame:
     keys = [(clip, sensor) for clip, sensors in rows.items() for sensor in sensors]
     index = pd.MultiIndex.from_tuples(keys, names=["clip_id", sensor_key])
     return pd.DataFrame([rows[clip][sensor] for clip, sensor in keys], index=index)

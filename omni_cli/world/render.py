@@ -106,7 +106,9 @@ def image_points(model: FTheta, points_m: Float64Array) -> tuple[Float64Array, n
     inside = np.minimum(theta, model.max_angle_rad)
     radius = polyval(inside, model.forward_poly) + (theta - inside) * model.forward_poly[1]
     scale = radius / np.maximum(across, 1e-9)
-    pixels = points_m[:, :2] * scale[:, None] + np.array([model.cx_px, model.cy_px])
+    x, y = points_m[:, 0] * scale, points_m[:, 1] * scale
+    c, d, e = model.linear_cde
+    pixels = np.stack([c * x + d * y + model.cx_px, e * x + y + model.cy_px], axis=1)
     return pixels, theta <= model.max_angle_rad
 
 

@@ -4,7 +4,6 @@ Two rigs are in the wild (cards and readers of 2025-26): the front-wide camera's
 (A) or 755 (B), so that nothing may be cropped or projected around the middle of a picture.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ import pyarrow as pa
 from numpy.polynomial.polynomial import polyval
 
 from omni_cli.errors import DataError
+from omni_cli.formats.offline_intrinsics import UnknownLensError, offline_camera_model
 from omni_cli.formats.physical_ai_av import EXTRINSIC_COLUMNS, INTRINSIC_COLUMNS
 from omni_cli.sources.parquet_tables import read_table
 from omni_cli.stages.checks.findings import Finding, refuse, warn
@@ -102,14 +102,17 @@ class Calibrations:
             yield warn("withdrawn-calibration", "camera_intrinsics.offline has it, and the presence table says no: it "
                        "was taken back (26.09 did so for 25 clips); fetch the chunk again")  # fmt: skip
         try:
-            model = json.loads(row["model_parameters"])
-            (_, height), (_, cy), focal = model["resolution"], model["principal_point"], _focal_px(model)
-        except (ValueError, KeyError, TypeError, IndexError):
-            yield warn("bad-offline-calibration", "camera_intrinsics.offline: model_parameters cannot be read")
+            model = offline_camera_model(row["model_type"], row["model_parameters"], "camera_intrinsics.offline")
+        except UnknownLensError as error:
+            yield warn("lens-not-applied", str(error))
+            return
+        except DataError as error:
+            yield warn("bad-offline-calibration", str(error))
             return
         online = self.intrinsics.get((clip, camera))
         if online is not None and online["height"] > 0 and online["fw_poly_1"]:
-            yield from _apart(focal, cy / height, float(online["fw_poly_1"]), online["cy"] / online["height"])
+            offline = model.forward_poly[1], model.cy_px / model.height_px
+            yield from _apart(*offline, float(online["fw_poly_1"]), online["cy"] / online["height"])
 
     def _read(self, feature: str, key: str, columns: tuple[str, ...]) -> Rows:
         path = self.chunk.path(feature)
@@ -152,10 +155,6 @@ def _inverse_error_rad(backward: np.ndarray, forward: np.ndarray, radius_px: flo
     with np.errstate(over="ignore", invalid="ignore"):
         angles = np.linspace(0, float(polyval(radius_px, backward)), 32)
         return float(np.abs(polyval(polyval(angles, forward), backward) - angles).max())
-
-
-def _focal_px(model: Mapping[str, Any]) -> float:
-    return float(model["angle_to_pixeldist_poly"][1])
 
 
 def _apart(offline_px: float, offline_row: float, online_px: float, online_row: float) -> Iterator[Finding]:
