@@ -25,7 +25,9 @@ def command(
     features: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME,...", help="More than omni reads: egomotion.offline, lidar, radar, labels, reasoning, ..."
+            metavar="NAME,...",
+            help="More than omni needs: egomotion.offline, lidar, radar, labels, reasoning, ... The corrected "
+            "calibration is preferred where it is: camera_intrinsics.offline,sensor_extrinsics.offline.",
         ),
     ] = None,
     origin: Annotated[

@@ -21,6 +21,7 @@ from omni_cli.formats.physical_ai_av import (
     LEGACY_PRESENCE_FILE,
     PRESENCE_FILE,
 )
+from omni_cli.sources.index_names import unsafe_index_names
 from omni_cli.stages.checks.findings import Finding, refuse, warn
 
 EGOMOTION = "egomotion"
@@ -87,7 +88,8 @@ def read_repository(root: Path, cameras: tuple[str, ...] | None) -> Repository:
     asked = wanted, cameras is not None
     chunks = tuple(_chunk(root, number, found, present, asked) for number, found in rows.items())
     chunks = tuple(replace(chunk, absent=_features(absent, chunk.number)) for chunk in chunks)
-    findings = (*_index_findings(root, present is None), *_unlisted(on_disk - rows.keys()), *_repeated(index))
+    unsafe = (warn("unsafe-name", f"{name}: {reason}; left out") for name, reason in unsafe_index_names(root).items())
+    findings = (*unsafe, *_index_findings(root, present is None), *_unlisted(on_disk - rows.keys()), *_repeated(index))
     return Repository(chunks, findings)
 
 

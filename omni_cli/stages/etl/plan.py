@@ -11,7 +11,7 @@ from omni_cli.errors import DataError, UsageError
 from omni_cli.files import hash_json
 from omni_cli.recipe import Sampled, SplitSettings
 from omni_cli.samples.preprocess import Preprocess
-from omni_cli.samples.shards import FORMAT
+from omni_cli.samples.shards import FORMAT, safe_name
 from omni_cli.samples.splits import Split, SplitRule, assign_splits, read_split_file
 from omni_cli.samples.windows import TableMaker
 from omni_cli.sources import RecordingRef, Source
@@ -111,7 +111,7 @@ def make_plan(reader: Source, raw: Path, split: SplitSettings, split_file: Path 
         DataError: the source's index is, or it holds no recording.
     """
     everything = reader.recordings()
-    listed = read_quarantine(raw)
+    listed = read_quarantine(raw) | _unnameable(everything)
     quarantined = {ref.id: listed[ref.id] for ref in everything if ref.id in listed}
     refs = [ref for ref in everything if ref.id not in quarantined]
     if not refs:
@@ -133,6 +133,17 @@ def _plan_by_file(refs: Sequence[RecordingRef], path: Path, quarantined: dict[st
     if not units:
         raise UsageError(f"{path}: names no recording of these data; `omni audit` lists them")
     return Plan(units, "file", quarantined, unassigned=len(refs) - len(units))
+
+
+def _unnameable(refs: Sequence[RecordingRef]) -> dict[str, str]:
+    """Return the recordings whose id, a stranger's, cannot name a folder, and why; the others go on without them."""
+    reasons: dict[str, str] = {}
+    for ref in refs:
+        try:
+            safe_name(ref.id)
+        except DataError as error:
+            reasons[ref.id] = str(error)
+    return reasons
 
 
 def _group(ref: RecordingRef) -> str:

@@ -1,23 +1,26 @@
 """PhysicalAI-AV from the Hugging Face hub: plan on a pinned commit, say what it costs, then verified files, once."""
 
+import shlex
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omni_cli.downloads import Hub, Meter, Patience, open_hub
-from omni_cli.errors import DataError, OmniError
+from omni_cli.downloads import Hub, Meter, Patience, RevisionGoneError, open_hub
+from omni_cli.errors import DataError, OmniError, UsageError
 from omni_cli.formats.physical_ai_av import (
     CAMERAS,
     CLIP_INDEX_FILE,
     LEGACY_PRESENCE_FILE,
     LICENCE,
+    OFFLINE_CALIBRATION,
     PRESENCE_FILE,
     REASONING,
     REASONING_FILE,
     REPOSITORY,
 )
 from omni_cli.report import Console
+from omni_cli.sources.index_names import unsafe_index_names
 from omni_cli.stages.fetch import landing
 from omni_cli.stages.fetch.estimate import say_estimate, say_pieces, say_table, seconds_at
 from omni_cli.stages.fetch.partial import Piece
@@ -41,13 +44,22 @@ def fetch_hub(request: FetchRequest, console: Console) -> dict[str, Any]:
         OmniError: access, network, disk, or files that failed; running again fetches what is missing.
     """
     require_choice(request.chunks, request.clips)
+    if len(lone := set(OFFLINE_CALIBRATION).intersection(request.features)) == 1:
+        console.warn(
+            f"--features {lone.pop()}: it is used with the other one of {', '.join(OFFLINE_CALIBRATION)} alone"
+        )
     hub = open_hub(REPOSITORY, Patience(first_wait_s=request.retry_wait_s))
     commit = _commit(hub, request, console)
     landing.check_revision(request.folder, commit)
     with request.held(shared=True):
         landing.check_revision(request.folder, commit)
         job = Job(hub, commit, request, console, read_record(request.folder))
-        return _dry_run(job) if request.dry_run else _run(job)
+        try:
+            return _dry_run(job) if request.dry_run else _run(job)
+        except RevisionGoneError:
+            if landing.pinned_revision(request.folder) is None:  # a slip of the user's
+                raise
+            raise UsageError(_gone(job)) from None
 
 
 def _commit(hub: Hub, request: FetchRequest, console: Console) -> str:
@@ -57,6 +69,19 @@ def _commit(hub: Hub, request: FetchRequest, console: Console) -> str:
         console.say(f"{request.folder} holds revision {held}: going on with it")
         return held
     return hub.resolve_revision(request.revision)
+
+
+def _gone(job: Job) -> str:
+    """Return what to do where the commit that a folder holds is gone from the hub: nothing can be added to it."""
+    request, hub = job.request, job.hub
+    data = request.data if request.data.name else request.data.absolute()
+    beside = data.with_name(f"{data.name}-new")
+    purge = shlex.join(["omni", "fetch", "--purge", "--data", str(request.data)])
+    return (
+        f"{request.folder} holds revision {job.commit}, which {hub.host} has no more: what is there stays good, and "
+        f"nothing can be added; fetch the newest revision beside it: {request.command(beside)}; or delete all copies "
+        f"of the old one, shards too, and begin anew: {purge} && {request.command(request.data)}"
+    )
 
 
 def _dry_run(job: Job) -> dict[str, Any]:
@@ -84,6 +109,7 @@ def _run(job: Job) -> dict[str, Any]:
         landing.pin_revision(job.folder, job.hub.repository, job.commit)
     transfer(job, indices)
     _refuse_failures(job, len(indices))
+    job.skipped |= unsafe_index_names(job.folder)
     chunks = _plan_chunks(job, chunk_of_clip(job.folder / CLIP_INDEX_FILE))
     num_unreadable = len(job.failures)  # zips whose directory makes no sense
     chunk_pieces = [piece for piece in job.missing if piece not in indices]
@@ -130,6 +156,8 @@ def _plan_chunks(job: Job, index: dict[str, int]) -> tuple[int, ...]:
     cameras = request.cameras or CAMERAS
     paths = chunk_paths(chunks, cameras, request.features)
     remote = list_files(job, paths)
+    if not remote and job.skipped:
+        raise DataError(f"every file asked for is unsafe and skipped, such as {sorted(job.skipped.items())[0]}")
     if not remote:
         raise DataError(f"none of the {len(paths)} files of chunks {request.chunks or chunks} exist at {job.commit}")
     plan_files(job, remote.values(), clips_by_path(request.clips, index, cameras, request.features))
@@ -209,7 +237,7 @@ def _warn(job: Job, absent: Sequence[str]) -> None:
         job.console.warn(f"{len(absent)} files are absent upstream: {landing.names_text(absent)}")
     if job.skipped:
         job.console.warn(
-            f"{len(job.skipped)} paths of the hub are unsafe and skipped: {sorted(job.skipped.items())[0]}"
+            f"{len(job.skipped)} paths or names of the hub are unsafe and skipped: {sorted(job.skipped.items())[0]}"
         )
     if job.lacking:
         job.console.warn(f"{len(job.lacking)} zips lack clips asked for, first {sorted(job.lacking.items())[0]}")

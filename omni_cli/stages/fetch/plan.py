@@ -86,9 +86,21 @@ def list_files(job: Job, paths: Sequence[str]) -> dict[str, RemoteFile]:
     job.absent |= noted
     unknown = [path for path in paths if path not in known and path not in noted]
     found = job.hub.list_files(unknown, job.commit) if unknown else {}
-    job.skipped |= {path: reason for path in found if (reason := unsafe_path_reason(path)) is not None}
     job.absent |= {path: UNLISTED for path in unknown if path not in found}
-    return known | {path: file for path, file in found.items() if path not in job.skipped}
+    listed = known | found
+    job.skipped |= {path: reason for path in listed if (reason := _unsafe_reason(job.folder, path)) is not None}
+    return {path: file for path, file in listed.items() if path not in job.skipped}
+
+
+def _unsafe_reason(folder: Path, path: str) -> str | None:
+    """Return why nothing is put at a repository's path, or None where it may be.
+
+    Through a link that leads out of the folder a copy would come to lie where no ledger and no purge looks for it.
+    """
+    if (reason := unsafe_path_reason(path)) is not None:
+        return reason
+    parent = (folder / path).parent
+    return None if parent.resolve().is_relative_to(folder.resolve()) else f"{parent} leads out of {folder}: a link"
 
 
 def plan_files(job: Job, remote: Iterable[RemoteFile], clips: Mapping[str, tuple[str, ...]]) -> None:

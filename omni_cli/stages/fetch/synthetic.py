@@ -10,12 +10,11 @@ from typing import Any
 
 from omni_cli import files
 from omni_cli.errors import OmniError, UsageError
-from omni_cli.formats.physical_ai_av import CAMERAS
+from omni_cli.formats.physical_ai_av import CAMERAS, MOST_CHUNKS
 from omni_cli.report import Console
 from omni_cli.stages.fetch import landing
 from omni_cli.stages.fetch.request import FetchRequest
 from omni_cli.stages.fetch.selection import parse_chunks
-from omni_cli.stages.fetch.tables import MOST_CHUNKS
 from omni_cli.stages.pool import run_pool
 from omni_cli.world.clip import SyntheticSpec
 from omni_cli.world.dataset import ClipFiles, render_clip, write_chunk, write_indices

@@ -11,21 +11,23 @@ from omni_cli.formats.physical_ai_av import (
     COLLECTION_FILE,
     FEATURES_FILE,
     LEGACY_PRESENCE_FILE,
+    MOST_CHUNKS,
     PRESENCE_FILE,
     REASONING_FILE,
     SPLIT_FILE,
+    is_chunk,
 )
+from omni_cli.sources.index_names import shown, unsafe_clips
 
 REQUIRED_INDICES = (FEATURES_FILE, CLIP_INDEX_FILE)
 INDICES = (*REQUIRED_INDICES, PRESENCE_FILE, LEGACY_PRESENCE_FILE, COLLECTION_FILE, SPLIT_FILE, REASONING_FILE)
-MOST_CHUNKS = 10_000  # a chunk's number has four digits
 
 
 def chunk_of_clip(path: Path) -> dict[str, int]:
-    """Read the clip index: clip id -> chunk.
+    """Read the clip index: clip id -> chunk, of the ids that a clip may have.
 
     Raises:
-        DataError: the table is unreadable, lacks its columns, or holds what is no clip id or no chunk number.
+        DataError: the table is unreadable, lacks its columns, or holds what is no chunk number.
     """
     try:
         table = parquet.read_table(path, columns=["clip_id", "chunk"])
@@ -34,6 +36,9 @@ def chunk_of_clip(path: Path) -> dict[str, int]:
         reason = str(error).splitlines()[0]
         raise DataError(f"{path}: not a clip index with clip_id and chunk columns ({reason}); fetch it again") from None
     for clip, chunk in index.items():
-        if not isinstance(clip, str) or type(chunk) is not int or not 0 <= chunk < MOST_CHUNKS:
-            raise DataError(f"{path}: clip {clip!r} in chunk {chunk!r}; a chunk's number is 0 to {MOST_CHUNKS - 1}")
-    return index
+        if not is_chunk(chunk):
+            raise DataError(
+                f"{path}: clip {shown(clip)} in chunk {shown(chunk)}; a chunk's number is 0 to {MOST_CHUNKS - 1}"
+            )
+    unsafe = unsafe_clips(index)
+    return {clip: chunk for clip, chunk in index.items() if clip not in unsafe}
