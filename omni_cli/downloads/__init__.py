@@ -13,7 +13,7 @@ No text of a library's exception reaches a message: it may hold a token or a sig
 """
 
 from omni_cli.downloads.hub import Hub, open_hub
-from omni_cli.downloads.messages import FileAbsentError, TransferError
+from omni_cli.downloads.messages import FileAbsentError, RevisionGoneError, TransferError
 from omni_cli.downloads.meter import Meter, StoppedError
 from omni_cli.downloads.partial import claimed, sweep
 from omni_cli.downloads.paths import unsafe_path_reason
@@ -26,6 +26,7 @@ __all__ = [
     "Meter",
     "Patience",
     "RemoteFile",
+    "RevisionGoneError",
     "StoppedError",
     "TransferError",
     "claimed",

@@ -19,7 +19,7 @@ from omni_cli.downloads.meter import Meter
 from omni_cli.downloads.partial import Partial
 from omni_cli.downloads.remote import RemoteFile
 from omni_cli.downloads.retries import FAILURES, NotAHubError, Patience, UnexpectedAnswerError, persist, within
-from omni_cli.downloads.transfer import Address, Span, pull
+from omni_cli.downloads.transfer import Address, FileSpan, Span, pull
 from omni_cli.errors import OmniError, UsageError
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
@@ -106,16 +106,28 @@ class Hub:
             OmniError: nothing will come (access, network).
         """
         span = Span(start, size, meter)
-        self._persist(
-            lambda: self._pull(span, file, commit, meter), file, meter, lambda: len(span.content) // _PROGRESS_BYTES
-        )
+        self._fill(span, file, commit, meter)
         return bytes(span.content)
+
+    def append_range(self, file: RemoteFile, commit: str, start: int, size: int, path: Path, *, meter: Meter) -> None:
+        """Append to a file here what it lacks of `size` bytes from byte `start` on; it is not kept in memory.
+
+        Raises:
+            FileAbsentError: the hub has no such file after all.
+            TransferError: this range failed for good, others may still come.
+            OmniError: nothing will come (access, disk, network).
+        """
+        with FileSpan(start, size, path, meter) as span:
+            self._fill(span, file, commit, meter)
+
+    def _fill(self, span: Span | FileSpan, file: RemoteFile, commit: str, meter: Meter) -> None:
+        self._persist(lambda: self._pull(span, file, commit, meter), file, meter, lambda: span.first // _PROGRESS_BYTES)
 
     def _complete(self, here: Partial, commit: str, meter: Meter) -> None:
         self._pull(here, here.file, commit, meter)
         here.check()
 
-    def _pull(self, sink: Partial | Span, file: RemoteFile, commit: str, meter: Meter) -> None:
+    def _pull(self, sink: Partial | Span | FileSpan, file: RemoteFile, commit: str, meter: Meter) -> None:
         if sink.first == sink.end:
             return
         try:

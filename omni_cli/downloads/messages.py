@@ -28,6 +28,10 @@ class FileAbsentError(OmniError):
     """The hub has no such file at this commit."""
 
 
+class RevisionGoneError(UsageError):
+    """The hub has no such branch, tag or commit, or has it no more."""
+
+
 class TransferError(OmniError):
     """One file could not be fetched, others may."""
 
@@ -71,7 +75,7 @@ def _explain_answer(cause: HfHubHTTPError, what: str, repository: str, host: str
     if isinstance(cause, RemoteEntryNotFoundError):
         return FileAbsentError(f"{what}: not in {repository} at this commit")
     if isinstance(cause, RevisionNotFoundError):
-        return UsageError(f"{repository} has no such revision; give a branch, tag or commit with --revision")
+        return RevisionGoneError(f"{repository} has no such revision; give a branch, tag or commit with --revision")
     if status in (401, 403) and not _is_unknown(cause):
         return (_explain_token if status == 401 else _explain_gate)(cause, what, repository, host)
     if isinstance(cause, RepositoryNotFoundError):

@@ -8,8 +8,10 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from datetime import UTC
+from email.utils import parsedate_to_datetime
 from functools import partial
-from time import monotonic
+from time import monotonic, time
 from typing import TypeVar
 
 import httpx2
@@ -25,6 +27,7 @@ FAILURES = (httpx2.HTTPError, httpx2.InvalidURL, OSError, RuntimeError)
 _TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)
 _WRONG_CONTENT_ATTEMPTS = 3
 _LOOK_S = 0.2
+_DAY_S = 86_400.0  # longer is no answer
 
 T = TypeVar("T")
 
@@ -126,15 +129,27 @@ def within(limit_s: float, meter: Meter, call: Callable[[], T], discard: Callabl
 
 
 def asked_pause_s(cause: BaseException) -> float:
-    """Return how long a refusal asks to wait: `RateLimit: "api";r=0;t=55` or `Retry-After: 55`; 0 where it does not."""
+    """Return how long a refusal asks to wait: `RateLimit: "api";r=0;t=55`, or `Retry-After`; 0 where it does not."""
     if not isinstance(cause, HfHubHTTPError):
         return 0.0
     headers = cause.response.headers
     limit = parse_ratelimit_headers(headers)
     if cause.response.status_code == 429 and limit is not None and limit.remaining == 0:
-        return limit.reset_in_seconds + 1.0
+        return min(limit.reset_in_seconds, _DAY_S) + 1.0
     asked = headers.get("Retry-After", "").strip()
-    return float(asked) if asked.isascii() and asked.isdigit() else 0.0
+    if asked.isascii() and asked.isdigit():
+        return min(float(asked), _DAY_S)
+    until_s = _http_date_s(asked)
+    return 0.0 if until_s is None else max(0.0, until_s - (_http_date_s(headers.get("Date", "")) or time()))
+
+
+def _http_date_s(text: str) -> float | None:
+    """Return the seconds since 1970 of a date such as `Sun, 06 Nov 1994 08:49:37 GMT` (RFC 9110, 5.6.7)."""
+    try:
+        date = parsedate_to_datetime(text)
+    except (ValueError, OverflowError):
+        return None
+    return date.replace(tzinfo=date.tzinfo or UTC).timestamp()
 
 
 def _settle(future: "Future[T]", call: Callable[[], T]) -> None:

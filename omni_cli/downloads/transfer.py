@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from time import monotonic
 from typing import Protocol
 
@@ -57,6 +58,42 @@ class Span:
             StoppedError: the run ends.
         """
         self.content += block
+        self._meter.add(len(block))
+
+    def restart(self) -> bool:
+        """Refuse: the whole file is not wanted."""
+        return False
+
+
+class FileSpan:
+    """A part of a file, on disk: what an earlier call left of it is continued.
+
+    A context manager: leaving it closes the file and keeps what is in it.
+    """
+
+    def __init__(self, start: int, size: int, path: Path, meter: Meter) -> None:
+        self.end = start + size
+        self._stream = path.open("ab", buffering=0)
+        self.first = start + self._stream.tell()
+        self._meter = meter
+
+    def __enter__(self) -> "FileSpan":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+
+    def append(self, block: bytes) -> None:
+        """Write what follows.
+
+        Raises:
+            OSError: the disk refuses.
+            StoppedError: the run ends.
+        """
+        rest = memoryview(block)
+        while rest:
+            rest = rest[self._stream.write(rest) :]
+        self.first += len(block)
         self._meter.add(len(block))
 
     def restart(self) -> bool:
@@ -136,16 +173,14 @@ def _refuse(response: httpx2.Response, address: Address, sink: Sink) -> None:
 def _check_head(response: httpx2.Response, sink: Sink, size: int) -> None:
     """Refuse an answer that cannot be what was asked for, before a byte of it is kept."""
     headers = response.headers
-    if response.status_code == 200 and sink.first > 0 and not sink.restart():
-        raise UnexpectedAnswerError("the server ignores ranges")
-    if response.status_code == 200 and sink.end < size:
-        raise UnexpectedAnswerError("the server ignores ranges")
-    if response.status_code == 206 and headers.get("Content-Range") != f"bytes {sink.first}-{sink.end - 1}/{size}":
-        raise UnexpectedAnswerError("another range came than was asked for")
-    if response.status_code not in (200, 206) or headers.get("Content-Encoding", "identity") != "identity":
-        raise UnexpectedAnswerError(f"an answer {response.status_code} of another kind came")
     if headers.get("Content-Type", "").startswith("text/html"):  # without a length it would spoil what is here
         raise UnexpectedAnswerError("a web page came instead of data")
+    if response.status_code not in (200, 206) or headers.get("Content-Encoding", "identity") != "identity":
+        raise UnexpectedAnswerError(f"an answer {response.status_code} of another kind came")
+    if response.status_code == 206 and headers.get("Content-Range") != f"bytes {sink.first}-{sink.end - 1}/{size}":
+        raise UnexpectedAnswerError("another range came than was asked for")
+    if response.status_code == 200 and (sink.end < size or (sink.first > 0 and not sink.restart())):
+        raise UnexpectedAnswerError("the server ignores ranges")
     wanted = sink.end - sink.first
     if int(headers.get("Content-Length", wanted)) != wanted:
         raise UnexpectedAnswerError(f"an answer of another length came than {wanted} bytes")

@@ -9,6 +9,7 @@ that are signed and may expire.
 """
 
 import contextlib
+import gzip
 import hashlib
 import hmac
 import json
@@ -28,6 +29,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 REPOSITORY = "nvidia/PhysicalAI-Autonomous-Vehicles"
 LARGE_BYTES = 4096  # files from this size on are LFS files: sha256, and stored elsewhere
 BLOCK_BYTES = 16_384
+SURPLUS = b"HTTP/1.1 200 OK\r\n\r\nmore than was promised"
+OTHER = {"other-file": b"another file", "page": b"<html>Welcome to this hotel</html>"}
 SEND_BUFFER_BYTES = 65_536  # little, so that what was sent was nearly received
 
 
@@ -54,7 +57,9 @@ class Fault:
     `seconds`, trickle (a head of one byte each `seconds`), refuse (RST).
     Of content: reset (RST), fin, stall for `seconds` and drip (one byte each `seconds`) after `after` bytes of the
     body; flip (the lowest bit of byte `after` of the file); whole (200 for a range), other-range, no-range (416),
-    short and long (a wrong Content-Length), no-length.
+    short and long (a wrong Content-Length), no-length; surplus (bytes after the Content-Length), overlong (the same in
+    an answer without a length), other-total (of a longer file), gzip (although it was not asked for), page (a web page
+    of the right length that says it is data), other-file (of another ETag).
     """
 
     match: str
@@ -313,12 +318,25 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer(416, {}, {"Content-Range": f"bytes */{item.size}"})
         if fault.kind == "flip":
             content[fault.after] ^= 1
+        if fault.kind in ("other-file", "page"):
+            content, headers["ETag"] = bytearray(OTHER[fault.kind].ljust(item.size, b" ")[: item.size]), '"another"'
+        if fault.kind == "other-total" and "Content-Range" in headers:
+            headers["Content-Range"] += "0"
+        if fault.kind == "gzip":
+            return self.send_packed(bytes(content[start:stop]), headers)
         status = 206 if "Content-Range" in headers else 200
         declared = stop - start + {"short": -1, "long": 1}.get(fault.kind, 0)
-        length = {} if fault.kind == "no-length" else {"Content-Length": str(declared)}
+        length = {} if fault.kind in ("no-length", "overlong") else {"Content-Length": str(declared)}
         entry = self.note(status)
         self.send_head(status, {"Accept-Ranges": "bytes", **headers, **length})
-        return None if self.command == "HEAD" else self.send_body(bytes(content[start:stop][:declared]), entry)
+        body = bytes(content[start:stop][:declared]) + (SURPLUS if fault.kind in ("surplus", "overlong") else b"")
+        return None if self.command == "HEAD" else self.send_body(body, entry)
+
+    def send_packed(self, content: bytes, headers: dict[str, str]) -> None:
+        body, status = gzip.compress(content, 1), 206 if "Content-Range" in headers else 200
+        self.note(status)
+        self.send_head(status, {**headers, "Content-Encoding": "gzip", "Content-Length": str(len(body))})
+        self.wfile.write(body)
 
     def send_body(self, content: bytes, entry: Handled) -> None:
         fault = self.active
@@ -330,7 +348,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.hang_up(fault.seconds)
         if fault.kind == "reset":
             self.reset()
-        if fault.kind in ("fin", "long", "no-length"):
+        if fault.kind in ("fin", "long", "no-length", "overlong"):
             self.close_connection = True
 
     def send_slowly(self, content: bytes, entry: Handled) -> None:
@@ -386,8 +404,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def send_head(self, status: int, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for key, value in headers.items():
+        self.send_response_only(status)
+        for key, value in {"Date": self.date_time_string(), **headers}.items():
             self.send_header(key, value)
         self.end_headers()
 

@@ -7,21 +7,24 @@ one whose time differs is read and hashed again. `omni audit --deep` reads every
 import datetime
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from omni_cli import files
-from omni_cli.downloads import Meter
+from omni_cli.downloads import Meter, claimed
 from omni_cli.errors import OmniError, UsageError
 from omni_cli.formats.fetched import read_origin
 from omni_cli.formats.physical_ai_av import LICENCE, REVISION_FILE
 from omni_cli.stages.fetch.record import recorded_origin
+from omni_cli.stages.raw_lock import alone
 
 _RESERVE_BYTES = 256_000_000  # left free: receipts, other processes
 MEGABYTE = 1_000_000
 _GIGABYTE = 1e9
 _NAMES_SHOWN = 4
+_REPLACED = "replaced"
 _BLOCK_BYTES = 4 << 20
 
 
@@ -72,14 +75,37 @@ def vouch(path: Path, *, sha256: str | None = None, **facts: Any) -> dict[str, A
     return receipt
 
 
+@contextmanager
+def replacing(path: Path, staging: Path) -> Iterator[None]:
+    """Put another file in the place of one that is there while nobody reads it: readers know where in it things lie.
+
+    Args:
+        path: the place; one that is free needs no such care.
+        staging: of the source folder, in which one file is replaced at a time.
+
+    Raises:
+        HeldError: another omni reads the folder.
+    """
+    if not path.is_file():
+        yield
+        return
+    with claimed(staging, _REPLACED, Meter(lambda _: None)), alone(staging.parent):
+        yield
+
+
 def land(staged: Path, path: Path, *, sha256: str | None, **facts: Any) -> None:
-    """Move a file that was verified and flushed to its place, then its receipt; both are on the disk afterwards."""
+    """Move a file that was verified and flushed to its place, then its receipt; both are on the disk afterwards.
+
+    Raises:
+        HeldError: a file is there, and another omni reads the folder.
+    """
     vouch(staged, sha256=sha256, **facts)
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged.rename(path)
-    files.sync_folder(path.parent)
-    files.receipt_path(staged).rename(files.receipt_path(path))
-    files.sync_folder(path.parent)
+    with replacing(path, staged.parent):
+        staged.rename(path)
+        files.sync_folder(path.parent)
+        files.receipt_path(staged).rename(files.receipt_path(path))
+        files.sync_folder(path.parent)
 
 
 def is_copied(source: Path, path: Path) -> bool:

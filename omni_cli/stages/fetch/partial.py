@@ -7,7 +7,7 @@ hash of what lies here. More clips later unite with these, the whole chunk later
 
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,15 @@ from omni_cli.stages.fetch import landing
 from omni_cli.stages.fetch.directories import Members, keep_directory, read_directory
 
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)
-_READ_BYTES = 32 << 20  # a range that one answer holds in memory
 _ATTEMPTS = 3
+
+
+@dataclass(frozen=True)
+class FarZip:
+    """A zip on the hub: its bytes from `start` on."""
+
+    read: ReadRange  # start, size -> the bytes
+    append: Callable[[int, int, Path], None]  # start, size, path -> the file there holds them, after what it had
 
 
 @dataclass(frozen=True)
@@ -90,11 +97,11 @@ def lacking_here(path: Path, file: RemoteFile, directory: Members, clips: Sequen
     return tuple(member for member in asked if member.name not in held)
 
 
-def fetch_clips(read_range: ReadRange, piece: Piece, path: Path, staging: Path, meter: Meter) -> None:
+def fetch_clips(far: FarZip, piece: Piece, path: Path, staging: Path, meter: Meter) -> None:
     """Bring the members of clips to the zip at `path`, beside those of the same file that are there already.
 
     Args:
-        read_range: of the zip on the hub.
+        far: the zip on the hub.
         piece: the zip, its directory and the clips.
         path: where to.
         staging: in the source folder; keeps what has come so far, and a later call continues it.
@@ -102,21 +109,21 @@ def fetch_clips(read_range: ReadRange, piece: Piece, path: Path, staging: Path, 
 
     Raises:
         TransferError: a member stays wrong.
-        OmniError: what `read_range` raises.
+        OmniError: what `far` raises.
     """
     staging.mkdir(parents=True, exist_ok=True)
     try:
-        _bring(read_range, piece, path, staging, meter)
+        _bring(far, piece, path, staging, meter)
     except WrongBytesError:  # or is it the directory that is wrong? no hash vouched for it either
-        again = read_directory(piece.file, read_range)
+        again = read_directory(piece.file, far.read)
         keep_directory(staging.parent, piece.file, again)
         try:
-            _bring(read_range, replace(piece, directory=again), path, staging, meter)
+            _bring(far, replace(piece, directory=again), path, staging, meter)
         except WrongBytesError as error:
             raise TransferError(f"{piece.file.path}: {error}, again and again; fetch its whole chunk") from None
 
 
-def _bring(read_range: ReadRange, piece: Piece, path: Path, staging: Path, meter: Meter) -> None:
+def _bring(far: FarZip, piece: Piece, path: Path, staging: Path, meter: Meter) -> None:
     file, held = piece.file, _held(path, piece.directory)
     asked = (partial_clips(files.read_receipt(path)) or frozenset()).union(piece.clips)
     spans = spans_of([member for member in piece.directory if member.clip in asked and member.name not in held])
@@ -124,7 +131,7 @@ def _bring(read_range: ReadRange, piece: Piece, path: Path, staging: Path, meter
         return meter.add(piece.transfer_bytes)
     parts = {span: staging / f"{file.sha256}-{span.start}-{span.end}.part" for span in spans}
     for span, part in parts.items():
-        _fetch_span(read_range, span, part, meter)
+        _fetch_span(far, span, part, meter)
         held |= {member.name: _Held(member, part, span.start) for member in span.members}
     staged = staging / f"{file.sha256}.zip"
     _write_zip(staged, [held[name] for name in sorted(held)])
@@ -154,14 +161,14 @@ def _is_same(here: RemoteMember, promised: RemoteMember | None) -> bool:
     return promised is not None and (here.size, here.crc32) == (promised.size, promised.crc32)
 
 
-def _fetch_span(read_range: ReadRange, span: Span, part: Path, meter: Meter) -> None:
+def _fetch_span(far: FarZip, span: Span, part: Path, meter: Meter) -> None:
     """Fetch neighbouring members; what an earlier call left of them is continued, and all are compared.
 
     Raises:
         WrongBytesError: one stays wrong.
     """
     for attempt in range(1, _ATTEMPTS + 1):
-        _complete(read_range, span, part, meter)
+        _complete(far, span, part, meter)
         try:
             return _check(part, span)
         except WrongBytesError:
@@ -172,13 +179,13 @@ def _fetch_span(read_range: ReadRange, span: Span, part: Path, meter: Meter) -> 
     return None
 
 
-def _complete(read_range: ReadRange, span: Span, part: Path, meter: Meter) -> None:
-    if part.is_file() and part.stat().st_size > span.size:
+def _complete(far: FarZip, span: Span, part: Path, meter: Meter) -> None:
+    here = part.stat().st_size if part.is_file() else 0
+    if here > span.size:
         part.unlink()
-    with part.open("ab") as stream:
-        meter.add(stream.tell())
-        while (done := stream.tell()) < span.size:
-            stream.write(read_range(span.start + done, min(_READ_BYTES, span.size - done)))
+        here = 0
+    meter.add(here)
+    far.append(span.start, span.size, part)
 
 
 def _check(part: Path, span: Span) -> None:
@@ -208,6 +215,7 @@ def _land(staged: Path, path: Path, **facts: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     receipts = (files.receipt_path(staged), files.receipt_path(path))
     grows = partial_clips(files.read_receipt(path)) is not None and path.is_file()
-    for source, target in ((staged, path), receipts) if grows else (receipts, (staged, path)):
-        source.rename(target)
-        files.sync_folder(path.parent)
+    with landing.replacing(path, staged.parent):
+        for source, target in ((staged, path), receipts) if grows else (receipts, (staged, path)):
+            source.rename(target)
+            files.sync_folder(path.parent)

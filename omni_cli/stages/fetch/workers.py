@@ -13,9 +13,10 @@ from pathlib import Path
 from omni_cli import files
 from omni_cli.downloads import FileAbsentError, Meter, TransferError, claimed, sweep
 from omni_cli.stages.fetch import landing
-from omni_cli.stages.fetch.partial import Piece, fetch_clips
+from omni_cli.stages.fetch.partial import FarZip, Piece, fetch_clips
 from omni_cli.stages.fetch.plan import Job
 from omni_cli.stages.fetch.record import PRUNED
+from omni_cli.stages.raw_lock import HeldError
 
 _STAGING = ".fetch"
 _RECORDS = "records"
@@ -67,7 +68,7 @@ def _round(job: Job, pieces: Sequence[Piece], pool: ThreadPoolExecutor, meter: M
                 held.append(piece)
         except FileAbsentError:
             job.absent[piece.file.path] = PRUNED
-        except TransferError as error:
+        except (TransferError, HeldError) as error:
             job.failures.append(str(error))
     return held
 
@@ -77,8 +78,9 @@ def _bring(job: Job, piece: Piece, meter: Meter, *, wait: bool) -> bool:
         if is_mine and job.is_done(piece.file):  # another process landed it since it was planned
             meter.add(piece.transfer_bytes)
         elif is_mine and piece.clips:
-            read_range = partial(job.hub.read_range, piece.file, job.commit, meter=meter)
-            fetch_clips(read_range, piece, job.folder / piece.file.path, job.folder / _STAGING, meter)
+            read = partial(job.hub.read_range, piece.file, job.commit, meter=meter)
+            far = FarZip(read, partial(job.hub.append_range, piece.file, job.commit, meter=meter))
+            fetch_clips(far, piece, job.folder / piece.file.path, job.folder / _STAGING, meter)
         elif is_mine:
             _fetch_whole(job, piece, meter)
     return is_mine
