@@ -14,16 +14,7 @@ from omni_cli import files
 from omni_cli.errors import DataError, UsageError
 from omni_cli.formats.physical_ai_av import CLIP_INDEX_FILE, FEATURES_FILE, PRESENCE_FILE
 from omni_cli.report import Console
-from omni_cli.samples.shards import (
-    Manifest,
-    RecordingEntry,
-    SkewStats,
-    frames_path,
-    listed_file,
-    windows_path,
-    write_manifest,
-    write_recording,
-)
+from omni_cli.samples.shards import frames_path
 from omni_cli.samples.tables import Frames, ShardTables
 from omni_cli.scene.poses import EgoMotion
 from omni_cli.sources.quarantine import read_quarantine, write_quarantine
@@ -36,6 +27,7 @@ from tests.support import openpilot as routes
 from tests.support import pai
 from tests.support.drives import preprocess
 from tests.support.dying import die_on_the_second_segment
+from tests.support.shard_sets import write_shard_set
 
 CLIP, OTHER = pai.clip_ids(0)
 SPAN_US = (0, 1_900_000)
@@ -408,16 +400,8 @@ def test_a_recording_that_kills_its_worker_bars_only_itself(tmp_path, monkeypatc
 
 def test_shards_must_agree_with_their_manifest(tmp_path):
     folder = tmp_path / "shards" / "one"
-    empty = pa.table({"number": [1, 2, 3]})
-    write_recording(folder, "a", ShardTables(frames=Frames(0, lambda: iter(())), windows=empty), "key")
-    listed = {
-        "frames_file": listed_file(frames_path(folder, "a")),
-        "windows_file": listed_file(windows_path(folder, "a")),
-    }
-    entry = RecordingEntry(id="a", group="", windows={}, num_frames=3, dropped={}, max_skew_us=0, **listed)
-    values = {"recipe": "vlm", "settings": {}, "source": "test", "split_rule": "time"}
-    skew = SkewStats(median_us=0, max_us=0)
-    write_manifest(folder, Manifest(**values, skew=skew, preprocess=preprocess(), recordings=(entry,)))
+    windows = pa.table({"split": ["train"] * 3})
+    write_shard_set(folder, {"a": ShardTables(Frames(0, lambda: iter(())), windows)}, preprocess())
     assert run(tmp_path, deep=True)["findings"] == []
     path = frames_path(folder, "a")
     content = bytearray(path.read_bytes())

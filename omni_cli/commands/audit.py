@@ -33,7 +33,15 @@ def command(
         typer.Option(
             "--quarantine",
             help="Move damaged files to quarantine/, for fetch or etl to make anew, and list refused recordings in "
-            "quarantine.json, for later stages to leave out. To undo it move a file back, or delete a line.",
+            "quarantine.json, for later stages to leave out.",
+        ),
+    ] = False,
+    restore: Annotated[
+        bool,
+        typer.Option(
+            "--restore",
+            help="Undo --quarantine: move back what was set aside, except over what fetch or etl made anew since, and "
+            "use every listed recording again. Nothing is audited.",
         ),
     ] = False,
     report: Annotated[
@@ -50,13 +58,17 @@ def command(
     """
     from omni_cli.commands._compose import camera_list
     from omni_cli.report import Console
-    from omni_cli.stages.audit import AuditRequest, audit
+    from omni_cli.stages.audit import AuditRequest, audit, restore_all
     from omni_cli.stages.audit.reporting import default_report
 
     console = Console(quiet=quiet, json_output=json)
+    if restore:
+        is_choosy = any((cameras, deep, subset, quarantine, report))
+        return console.finish(restore_all(path, console, is_choosy=is_choosy))
     place = None if no_report else report or default_report(path)
     request = AuditRequest(path, camera_list(cameras), deep, quarantine, subset, place)
     result = audit(request, console)
     console.finish(result)
     if result["refused"]:
         raise typer.Exit(REFUSED)
+    return None

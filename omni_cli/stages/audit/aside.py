@@ -1,4 +1,4 @@
-"""What `--quarantine` does: damaged files are moved aside, recordings are listed; nothing is deleted.
+"""What `--quarantine` does: damaged files are moved aside, recordings are listed; nothing is deleted. And its undoing.
 
 Moved are whole files that a fetch brings anew (chunk zips, their tables) and folders that etl makes anew (one recording
 of a shard set). A clip inside a healthy zip is listed: its bytes cannot be moved without rewriting the zip. Of routes,
@@ -8,16 +8,28 @@ whose files belong to one segment each, runs and exports nothing is moved: their
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from omni_cli import files
+from omni_cli.errors import UsageError
 from omni_cli.formats.physical_ai_av import FEATURES
-from omni_cli.sources.quarantine import move_to_quarantine, read_quarantine, write_quarantine
+from omni_cli.report import Console
+from omni_cli.sources.quarantine import (
+    QUARANTINE_FILE,
+    Restored,
+    move_to_quarantine,
+    read_quarantine,
+    restore,
+    write_quarantine,
+)
 from omni_cli.stages.audit.targets import SHARDS
 from omni_cli.stages.checks.findings import Finding, reasons
 from omni_cli.stages.checks.units import Unit
+from omni_cli.stages.raw_lock import alone
 
 _CHUNKED = ("physical_ai_av", "synthetic")
 _OF_CHUNKS = (".zip", ".parquet")
+_LISTS = tuple(f"{folder}{QUARANTINE_FILE}" for folder in ("", "*/", "raw/*/", "shards/*/"))
 
 
 def set_aside(
@@ -37,7 +49,7 @@ def set_aside(
         What was moved, relative to the folder, and how many recordings were listed.
 
     Raises:
-        OmniError: another omni works on the folder.
+        OmniError: another omni works on the folder, or reads it.
     """
     damaged = _damaged(kind, folder, findings)
     known = read_quarantine(folder)
@@ -45,13 +57,57 @@ def set_aside(
     barred = {recording: why for recording, why in told.items() if recording not in known}
     if not damaged and not barred:
         return [], 0
-    with files.exclusive(folder, "working on"):
+    with alone(folder), files.exclusive(folder, "working on"):
         for name, about in damaged.items():
             clips = {finding.recording for finding in about if finding.recording} | _recordings_in(folder / name, units)
             move_to_quarantine(folder, name, f"{about[0].code}: {about[0].detail}", clips)
         if barred:
             write_quarantine(folder, barred)
     return sorted(damaged), len(barred)
+
+
+def restore_all(path: Path, console: Console, *, is_choosy: bool = False) -> dict[str, Any]:
+    """Undo `--quarantine` in a folder and in all that lie in it; run again, it finishes or finds nothing to do.
+
+    Args:
+        path: DATA, a source folder or a shard folder.
+        console: names what is put back, and what is not.
+        is_choosy: a part, or an audit, was asked for too.
+
+    Returns:
+        By folder what was `restored`, which recordings were `released`, and what was `kept` aside, and why.
+
+    Raises:
+        UsageError: there is no such folder, or more was asked for.
+        DataError: a list is not one that omni wrote.
+        OmniError: another omni works on a folder.
+    """
+    if is_choosy:
+        raise UsageError("--restore audits nothing: leave out --cameras, --deep, --subset, --quarantine and --report")
+    if not path.is_dir():
+        raise UsageError(f"no folder {path}; give the one that was audited")
+    undone: dict[str, Restored] = {}
+    for folder in sorted({listed.parent for pattern in _LISTS for listed in path.glob(pattern)}):
+        with files.exclusive(folder, "working on"):
+            undone[str(folder)] = restore(folder)
+        _tell(folder, undone[str(folder)], console)
+    count = sum(len(one.put_back) + len(one.released) for one in undone.values())
+    console.say(f"{path}: {count} files and recordings are back" if count else f"{path}: nothing to put back")
+    return {
+        "path": str(path),
+        "restored": {folder: one.put_back for folder, one in undone.items()},
+        "released": {folder: one.released for folder, one in undone.items()},
+        "kept": {folder: one.kept for folder, one in undone.items()},
+    }
+
+
+def _tell(folder: Path, undone: Restored, console: Console) -> None:
+    for name in undone.put_back:
+        console.say(f"put back {folder / name}")
+    for recording in undone.released:
+        console.say(f"recording {recording} of {folder} is used again")
+    for name, why in undone.kept.items():
+        console.warn(f"{folder / name}: {why}")
 
 
 def _recordings_in(path: Path, units: Sequence[Unit]) -> set[str]:

@@ -30,6 +30,7 @@ from omni_cli.stages.checks.findings import Finding, reasons, refuse, table_rows
 from omni_cli.stages.checks.licence import licence_findings
 from omni_cli.stages.checks.units import Unit
 from omni_cli.stages.ledger import first_fetched
+from omni_cli.stages.raw_lock import reading
 
 _MEGABYTE = 1_000_000
 
@@ -89,6 +90,7 @@ def audit(request: AuditRequest, console: Console) -> dict[str, Any]:
     Raises:
         UsageError: the folder does not exist, a camera is unknown, or a subset is none.
         DataError: the folder holds nothing that omni knows, or nothing at all.
+        OmniError: another omni takes files away from it, or uses it while damaged ones are to be moved.
     """
     _require_known(request.cameras)
     subset = request.chosen()
@@ -131,6 +133,17 @@ def _tell(request: AuditRequest, result: dict[str, Any], findings: Sequence[Find
 
 
 def _audit_folder(kind: str, folder: Path, request: AuditRequest, subset: Subset, console: Console) -> Audited:
+    with reading(folder):
+        audited = _checked(kind, folder, request, subset, console)
+    if request.quarantine:
+        audited.moved, audited.listed = set_aside(kind, folder, audited.findings, audited.units)
+        if audited.moved or audited.listed:
+            told = f"moved {len(audited.moved)} damaged files aside, listed {audited.listed} recordings"
+            console.say(f"{told}: {folder / QUARANTINE_FILE}")
+    return audited
+
+
+def _checked(kind: str, folder: Path, request: AuditRequest, subset: Subset, console: Console) -> Audited:
     audited = Audited(kind, folder)
     try:
         if kind not in (SHARDS, ARTEFACTS):
@@ -144,11 +157,6 @@ def _audit_folder(kind: str, folder: Path, request: AuditRequest, subset: Subset
     if kind == SHARDS:
         _audit_split(audited, request, subset)
     audited.findings = [replace(finding, place=str(folder)) for finding in audited.findings]
-    if request.quarantine:
-        audited.moved, audited.listed = set_aside(kind, folder, audited.findings, audited.units)
-        if audited.moved or audited.listed:
-            told = f"moved {len(audited.moved)} damaged files aside, listed {audited.listed} recordings"
-            console.say(f"{told}: {folder / QUARANTINE_FILE}")
     return audited
 
 
@@ -223,7 +231,7 @@ def _audit_split(audited: Audited, request: AuditRequest, subset: Subset) -> Non
 
 def _mended(folder: Path, recordings: Sequence[str], found: Sequence[Finding]) -> list[Finding]:
     healthy = (read_quarantine(folder).keys() & set(recordings)) - reasons(found).keys()
-    detail = "in quarantine, but nothing that refuses it is found now; delete its line from quarantine.json to use it"
+    detail = "in quarantine, but nothing that refuses it is found now; delete its line, or --restore all"
     return [warn("mended", detail).about(recording) for recording in sorted(healthy)]
 
 

@@ -3,6 +3,7 @@
 import datetime
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from omni_cli.stages.fetch.request import FetchRequest
 from omni_cli.stages.fetch.selection import chunk_paths, require_choice, select_chunks
 from omni_cli.stages.fetch.tables import INDICES, chunk_of_clip
 from omni_cli.stages.ledger import RAW, register_copy
+from omni_cli.stages.raw_lock import alone
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _CACHE_NAME = "datasets--" + REPOSITORY.replace("/", "--")
@@ -66,14 +68,15 @@ def copy_all(request: FetchRequest, pairs: Mapping[Path, Path], console: Console
         console: shows the progress.
 
     Raises:
-        OmniError: too little disk space, or a copy that differs.
+        OmniError: too little disk space, a copy that differs, or another omni reads what would be replaced.
     """
     missing = [path for path, source in pairs.items() if not landing.is_copied(source, path)]
     sizes = {path: source.stat().st_size for path, source in pairs.items()}
     copied_bytes = sum(sizes[path] for path in missing)
     landing.check_disk(request.folder, copied_bytes)
     if not request.dry_run:
-        _copy_missing(pairs, missing, copied_bytes, console)
+        with alone(request.folder) if any(path.exists() for path in missing) else nullcontext():
+            _copy_missing(pairs, missing, copied_bytes, console)
     verb = "would copy" if request.dry_run else "copied"
     console.say(
         f"{verb} {len(missing)} files, {landing.size_text(copied_bytes)}; {len(pairs) - len(missing)} already there; "

@@ -11,7 +11,7 @@ import itertools
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from omni_cli.report import Console
 from omni_cli.stages import licences
 from omni_cli.stages.fetch import landing
 from omni_cli.stages.ledger import RAW, SHARDS, noted_path, place_of, read_ledger, register_copy, updated_ledger
+from omni_cli.stages.raw_lock import alone
 from omni_cli.stages.run_file import RUN_FILE, shards_of
 
 PENDING_FILE = "purge.pending.json"
@@ -58,7 +59,8 @@ def purge(request: PurgeRequest, console: Console) -> dict[str, Any]:
 
     Raises:
         UsageError: the source is under no licence that ends, or a part is named.
-        OmniError: copies are left: behind a link, or the disk refuses; then there is no certificate.
+        OmniError: another omni fetches or reads the data; or copies are left, behind a link, or the disk refuses:
+            then there is no certificate.
     """
     if request.is_choosy:
         raise UsageError("--purge deletes every copy, not some: leave out --chunks, --clips, --cameras and --features")
@@ -125,9 +127,15 @@ def _names_the_licence(document: Path) -> bool:
         return False
 
 
-def _held(request: PurgeRequest) -> AbstractContextManager[None]:
+@contextmanager
+def _held(request: PurgeRequest) -> Iterator[None]:
+    """Hold the raw folder against fetches, and against whoever reads it; both ask for it before they begin."""
     raw = request.data / "raw" / request.source
-    return files.exclusive(raw, "fetching into") if raw.is_dir() else nullcontext()
+    if not raw.is_dir():
+        yield
+        return
+    with alone(raw), files.exclusive(raw, "fetching into"):
+        yield
 
 
 def _purge(request: PurgeRequest, copies: Sequence[Copy], console: Console) -> str | None:

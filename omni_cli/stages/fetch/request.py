@@ -1,5 +1,6 @@
 """What a user asks `omni fetch` for, as plain values."""
 
+import shlex
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,13 @@ class FetchRequest:
     def folder(self) -> Path:
         """Return where this source's raw data lie."""
         return self.data / "raw" / self.source
+
+    def command(self, data: Path) -> str:
+        """Return the command that asks for the same of a source's newest revision, into another folder."""
+        chosen = {"--chunks": self.chunks, "--clips": ",".join(self.clips), "--cameras": ",".join(self.cameras)}
+        chosen |= {"--features": ",".join(self.features), "--data": str(data)}
+        words = [word for option, value in chosen.items() if value for word in (option, value)]
+        return shlex.join(["omni", "fetch", *words])
 
     def held(self, *, shared: bool = False) -> AbstractContextManager[None]:
         """Return the lock of that folder: what it holds is read and changed inside; a dry run only reads.
