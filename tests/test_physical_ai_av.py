@@ -14,6 +14,7 @@ from omni_cli import files
 from omni_cli.errors import DataError
 from omni_cli.formats import physical_ai_av as layout
 from omni_cli.formats.video import decode, probe
+from omni_cli.samples.camera_frames import camera_frames
 from omni_cli.samples.windows import decode_camera
 from omni_cli.scene.clock import latest_at
 from omni_cli.scene.recording import CameraStream
@@ -230,6 +231,68 @@ def test_a_zip_with_bytes_lost_inside_is_refused(copy):
         PhysicalAiAv(copy).open(CLIPS[1], (FRONT,))
 
 
+def member_bytes(path, name):
+    """Return which bytes of a zip a member's content is, and what its directory says of it."""
+    with zipfile.ZipFile(path) as archive:
+        entry = archive.getinfo(name)
+    start = path.read_bytes().index(name.encode(), entry.header_offset) + len(name)
+    return slice(start, start + entry.file_size), entry
+
+
+@pytest.mark.fault("F6")
+def test_a_flipped_bit_that_decodes_is_refused_before_a_picture_is_made(copy):
+    """No decoder complains of this one, and its pictures are wrong."""
+    path = chunk_file(copy, FRONT)
+    where, _ = member_bytes(path, f"{CLIPS[0]}.{FRONT}.mp4")
+    content, truth = bytearray(path.read_bytes()), all_pictures(copy)
+    flipped = next(byte for byte in range(where.start + 1200, where.stop, 7) if is_silent(content, where, byte, truth))
+    content[flipped] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"have CRC-32 \w{8}, the directory says \w{8}: damaged"):
+        all_pictures(copy)
+
+
+def all_pictures(root):
+    stream = PhysicalAiAv(root).open(CLIPS[0], (FRONT,)).cameras[FRONT]
+    decoded = camera_frames("clip", stream).decode(range(45), width_px=32, height_px=18, decoder="pyav")
+    return np.stack([picture for _, picture in decoded])
+
+
+def is_silent(content, where, byte, truth):
+    """Say whether a decoder gives wrong pictures without a word where one bit is another."""
+    damaged = bytearray(content[where])
+    damaged[byte - where.start] ^= 1
+    try:
+        pictures = [picture for _, picture in decode(bytes(damaged), "clip", range(45), width_px=32, height_px=18)]
+    except DataError:
+        return False
+    return not np.array_equal(np.stack(pictures), truth)
+
+
+@pytest.mark.fault("F6")
+def test_a_flipped_bit_in_the_times_is_refused(copy):
+    path = chunk_file(copy, FRONT)
+    where, _ = member_bytes(path, f"{CLIPS[0]}.{FRONT}.timestamps.parquet")
+    content = bytearray(path.read_bytes())
+    content[where.start + 40] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="the directory says"):
+        PhysicalAiAv(copy).open(CLIPS[0], (FRONT,))
+
+
+@pytest.mark.fault("F13")
+def test_members_whose_places_were_swapped_are_refused(copy):
+    path = chunk_file(copy, FRONT)
+    content = bytearray(path.read_bytes())
+    entries = [member_bytes(path, f"{clip}.{FRONT}.mp4")[1] for clip in CLIPS]
+    places = [content.rindex(entry.filename.encode()) - 4 for entry in entries]  # of the offsets, in the directory
+    for place, entry in zip(places, reversed(entries), strict=True):
+        content[place : place + 4] = entry.header_offset.to_bytes(4, "little")
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="is not where the directory says"):
+        PhysicalAiAv(copy).open(CLIPS[0], (FRONT,))
+
+
 def test_a_missing_member_is_named(copy):
     gone = f"{CLIPS[0]}.{FRONT}.timestamps.parquet"
     rewrite(chunk_file(copy, FRONT), lambda members: members.pop(gone))
@@ -252,6 +315,7 @@ def test_missing_egomotion_and_cameras_are_named(copy):
         PhysicalAiAv(copy).open(CLIPS[0])
 
 
+@pytest.mark.fault("F16", "F19")
 @pytest.mark.parametrize(
     ("change", "message"),
     [

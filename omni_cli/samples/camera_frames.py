@@ -39,7 +39,8 @@ class CameraFrames:
         """Yield (index, RGB picture (height, width, 3)) as `formats.video.decode` does; arguments and errors as there.
 
         Raises:
-            DataError: also where a later video is damaged, or is not as long as its timestamps.
+            DataError: also where a video's bytes are not what they were, or a later one is damaged, of another size, or
+                not as long as its timestamps.
         """
         for offset, (name, video, info), wanted in self._by_video(indices):
             pictures = decode(video, name, wanted, width_px=width_px, height_px=height_px, decoder=decoder, info=info)
@@ -56,8 +57,16 @@ class CameraFrames:
         offsets = np.cumsum([0, *counts[:-1]])
         place = np.searchsorted(offsets, wanted, side="right") - 1
         for number in np.unique(place).tolist():
-            video = self.first if number == 0 else _probed(self.name, self.stream, number)
+            video = self.first if number == 0 else self._later(number)
+            video.location.check()
             yield int(offsets[number]), video, (wanted[place == number] - offsets[number]).tolist()
+
+    def _later(self, number: int) -> _Video:
+        video = _probed(self.name, self.stream, number)
+        if (video.info.width_px, video.info.height_px) != self.size_px:
+            size, first = f"{video.info.width_px}x{video.info.height_px}", "x".join(map(str, self.size_px))
+            raise DataError(f"{video.name}: is {size} px where the camera's first video is {first}; fetch it again")
+        return video
 
 
 def camera_frames(name: str, stream: CameraStream) -> CameraFrames:

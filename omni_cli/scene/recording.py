@@ -1,13 +1,19 @@
 """One drive as a source gives it: where its videos are and when each frame was seen. Nothing is decoded yet."""
 
-from collections.abc import Mapping
+import os
+import zlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 
+from omni_cli.errors import DataError
 from omni_cli.scene.cameras import Calibration
 from omni_cli.scene.clock import Float64Array, Int64Array
 from omni_cli.scene.driving_log import DeviceLog
 from omni_cli.scene.poses import EgoMotion
+
+_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -18,12 +24,40 @@ class VideoLocation:
     offset_bytes: int = 0
     size_bytes: int | None = None  # None: to the end of the file
     num_frames: int | None = None  # that have a time, the first ones; None: each of the camera's times is of this video
+    crc32: int | None = None  # of the bytes, where the file around them says it
 
     def read(self) -> bytes:
-        """Return the bytes of the video."""
+        """Return the bytes of the video.
+
+        Raises:
+            DataError: they are not those of their CRC-32.
+        """
+        content = b"".join(self._blocks())
+        self._compare(zlib.crc32(content))
+        return content
+
+    def check(self) -> None:
+        """Read the bytes once, where it is known what they must be: a decoder makes a picture of damaged ones too.
+
+        Raises:
+            DataError: they are not those of their CRC-32.
+        """
+        if self.crc32 is not None:
+            self._compare(reduce(lambda crc32, block: zlib.crc32(block, crc32), self._blocks(), 0))
+
+    def _blocks(self) -> Iterator[bytes]:
         with self.path.open("rb") as stream:
             stream.seek(self.offset_bytes)
-            return stream.read(-1 if self.size_bytes is None else self.size_bytes)
+            end = os.fstat(stream.fileno()).st_size if self.size_bytes is None else self.offset_bytes + self.size_bytes
+            while block := stream.read(min(_BLOCK_BYTES, max(end - stream.tell(), 0))):
+                yield block
+
+    def _compare(self, crc32: int) -> None:
+        if self.crc32 not in (None, crc32):
+            raise DataError(
+                f"{self.path}: {self.size_bytes} bytes at {self.offset_bytes} have CRC-32 {crc32:08x}, the directory "
+                f"says {self.crc32:08x}: damaged; omni audit --deep --quarantine sets it aside, to be fetched again"
+            )
 
 
 @dataclass(frozen=True)

@@ -19,36 +19,38 @@ _LOCAL_SIGNATURE = b"PK\x03\x04"
 
 @dataclass(frozen=True)
 class ZipDirectory:
-    """Where the members of one zip file begin, and how long they are."""
+    """What one zip file says of its members."""
 
     path: Path
-    headers: Mapping[str, tuple[int, int]]  # name -> offset of the local header, size
+    entries: Mapping[str, zipfile.ZipInfo]
 
     def locate(self, name: str) -> VideoLocation:
-        """Return where a member's bytes are.
+        """Return where a member's bytes are, and the CRC-32 that they must have.
 
         Raises:
-            DataError: there is no such member, or the file ends before its end.
+            DataError: there is no such member, another's header stands in its place, or the file ends before its end.
         """
-        if name not in self.headers:
+        if name not in self.entries:
             raise DataError(f"{self.path}: has no member {name}; fetch this clip or its chunk, or quarantine the clip")
-        offset, size = self.headers[name]
+        entry = self.entries[name]
         with self.path.open("rb") as stream:
-            stream.seek(offset)
+            stream.seek(entry.header_offset)
             header = stream.read(_LOCAL_HEADER.size)
-        start = offset + _LOCAL_HEADER.size
+            named = stream.read(len(name.encode()))
+        start = entry.header_offset + _LOCAL_HEADER.size
         if len(header) == _LOCAL_HEADER.size:
             signature, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(header)
             start += name_bytes + extra_bytes
-            if signature == _LOCAL_SIGNATURE and start + size <= self.path.stat().st_size:
-                return VideoLocation(self.path, start, size)
+            is_it = signature == _LOCAL_SIGNATURE and name_bytes == len(named) and named == name.encode()
+            if is_it and start + entry.file_size <= self.path.stat().st_size:
+                return VideoLocation(self.path, start, entry.file_size, crc32=entry.CRC)
         raise DataError(f"{self.path}: member {name} is not where the directory says; fetch this chunk again")
 
     def read(self, name: str) -> bytes:
         """Return a member's content.
 
         Raises:
-            DataError: there is no such member, or the file ends before its end.
+            DataError: as of `locate`, or its bytes are not those of its CRC-32.
         """
         return self.locate(name).read()
 
@@ -68,7 +70,7 @@ def read_directory(path: Path) -> ZipDirectory:
     except (*NO_ZIP, OSError) as error:
         raise DataError(f"{path}: not a whole zip file ({error}); fetch this chunk again") from None
     check_entries(entries, str(path))
-    return ZipDirectory(path, {entry.filename: (entry.header_offset, entry.file_size) for entry in entries})
+    return ZipDirectory(path, {entry.filename: entry for entry in entries})
 
 
 def check_entries(entries: Sequence[zipfile.ZipInfo], name: str) -> None:

@@ -245,7 +245,7 @@ def _located(archive: zipfile.ZipFile, name: str) -> VideoLocation:
         raise _Refused("compressed-member", f"{name}: is compressed, stored bytes expected; fetch the chunk again")
     path = Path(str(archive.filename))
     try:
-        return ZipDirectory(path, {name: (info.header_offset, info.file_size)}).locate(name)
+        return ZipDirectory(path, {name: info}).locate(name)
     except DataError:
         detail = f"{name}: is not where the zip's directory says; fetch the chunk again"
         raise _Refused("damaged-member", detail) from None

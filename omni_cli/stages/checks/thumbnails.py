@@ -67,4 +67,4 @@ def _member(path: Path, name: str) -> VideoLocation:
             info = archive.getinfo(name)
     except (zipfile.BadZipFile, KeyError, OSError):
         raise DataError(f"{name}: not in the zip, or the zip cannot be read") from None
-    return ZipDirectory(path, {name: (info.header_offset, info.file_size)}).locate(name)
+    return ZipDirectory(path, {name: info}).locate(name)
