@@ -54,6 +54,8 @@ def run(arguments: Sequence[str]) -> int:
 def _unforeseen(error: Exception, as_json: bool) -> int:
     if isinstance(error, OSError) and (what := refused_by_machine(error)):
         return _fail("OSError", what, 1, as_json)
+    if isinstance(error, UnicodeEncodeError) and error.reason.startswith("surrogates"):
+        return _fail("OmniError", f"{error.object!r}: a name that is not UTF-8; rename that file or folder", 1, as_json)
     traceback.print_exc()
     return _fail(type(error).__name__, f"this is a bug in omni: {error}", 1, as_json)
 

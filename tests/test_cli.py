@@ -159,6 +159,12 @@ def test_what_the_machine_refuses_is_no_bug_of_ours(number, message):
     assert (done.returncode, done.stderr) == (1, f"error: {message}\n")
 
 
+def test_a_name_that_is_not_utf8_is_no_bug_of_ours():
+    done = python("-c", ENDING.format(body="'runs/\\udcff'.encode()"))
+    told = "error: 'runs/\\udcff': a name that is not UTF-8; rename that file or folder\n"
+    assert (done.returncode, done.stderr) == (1, told)
+
+
 def test_ctrl_c_exits_with_130():
     script = ENDING.format(body="time.sleep(60)")
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -178,6 +184,10 @@ def test_ctrl_c_exits_with_130():
         (["doctor", "--data"], "Option '--data' requires an argument."),
         (["profiles", "a", "b"], "Got unexpected extra argument(s) (b)"),
         (["profiles", "cpu-tniy"], "unknown profile 'cpu-tniy'; did you mean 'cpu-tiny'?"),
+        (
+            ["etl", "--worker-gb", "inf"],
+            "Invalid value for '--worker-gb': Input should be less than or equal to 1048576",
+        ),
         (["profiles", "absent.toml"], "no config file absent.toml; give the path of a TOML file"),
     ],
 )

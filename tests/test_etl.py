@@ -1,10 +1,11 @@
 """Shards are a function of the data and the settings: not of workers, order, shares, kills or repeats."""
 
-import hashlib
 import json
 import shutil
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,9 @@ from omni_cli.stages.etl import EtlRequest, ensure_sidecar, etl
 from omni_cli.stages.etl.estimate import check_space
 from omni_cli.stages.locate import newest_shards, raw_folder
 from tests.support import openpilot as made
-from tests.support.injection import needs_strace
+from tests.support.folders import stamps, tree
+from tests.support.injection import needs_strace, run_traced
+from tests.support.openpilot import drive_folder, recording_id
 from tests.support.plain_recipe import SAMPLE, Plain
 
 QUIET = Console(quiet=True)
@@ -28,31 +31,13 @@ ROUTES = 6
 TORN = 3  # the segment whose video is cut short
 
 
-def segment(data: Path, number: int) -> Path:
-    return data / "raw" / "openpilot" / made.DONGLE / f"{number:08x}--0696c823fa--0"
-
-
-def recording_id(number: int) -> str:
-    return f"{made.DONGLE}_{number:08x}--0696c823fa--0"
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """Six drives of one segment each; one video is cut short."""
-    data = tmp_path_factory.mktemp("data")
-    for number in range(ROUTES):
-        made.write_segment(segment(data, number), 40 + 4 * number)
-    video = segment(data, TORN) / "qcamera.ts"
+    data = made.write_drives(tmp_path_factory.mktemp("data"), ROUTES)
+    video = drive_folder(data, TORN) / "qcamera.ts"
     video.write_bytes(video.read_bytes()[:2000])
     return data
-
-
-def tree(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 def run(data, out, recipe=None, **changes):
@@ -105,10 +90,10 @@ def test_shares_in_any_order_change_no_byte(reference, data, tmp_path):
 
 def test_a_second_run_touches_nothing(reference, data):
     _, out, files = reference
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    before = stamps(out)
     result = run(data, out)
     assert (result["made"], result["kept"]) == (0, ROUTES - 1)
-    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    assert stamps(out) == before
     assert tree(out) == files
 
 
@@ -186,8 +171,8 @@ def test_changed_input_is_made_again_and_new_damage_withdraws_the_old_shard(data
     shutil.copytree(data / "raw", tmp_path / "raw")
     out = tmp_path / "shards"
     run(tmp_path, out)
-    made.write_segment(segment(tmp_path, 0), 52)
-    video = segment(tmp_path, 5) / "qcamera.ts"
+    made.write_segment(drive_folder(tmp_path, 0), 52)
+    video = drive_folder(tmp_path, 5) / "qcamera.ts"
     video.write_bytes(b"")
     result = run(tmp_path, out, max_refused=0.4)
     assert (result["made"], result["kept"]) == (1, ROUTES - 3)
@@ -207,9 +192,9 @@ def test_too_many_refusals_fail_and_publish_nothing(data, tmp_path):
 @pytest.mark.parametrize(("torn", "refused"), [((0, 1, 2), "3 of 3"), ((0, 1), "2 of 3")])
 def test_the_last_share_publishes_nothing_where_the_others_refused_too_much(data, tmp_path, torn, refused):
     for number in range(3):
-        shutil.copytree(segment(data, number), segment(tmp_path, number))
+        shutil.copytree(drive_folder(data, number), drive_folder(tmp_path, number))
     for number in torn:
-        (segment(tmp_path, number) / "qcamera.ts").write_bytes(b"")
+        (drive_folder(tmp_path, number) / "qcamera.ts").write_bytes(b"")
     for share in range(1, len(torn) + 1):
         with pytest.raises(DataError, match=r"1 of 1 recordings were refused, more than the 20% allowed; the first is"):
             run(tmp_path, tmp_path / "shards", shard=(share, 4))
@@ -316,3 +301,26 @@ def test_every_window_of_the_reference_opens(reference):
     shards = open_shards(reference[1])
     assert shards.damaged() == []
     assert all(windows_path(reference[1], entry.id).is_file() for entry in shards.manifest.recordings)
+
+
+def test_words_and_bytes_are_the_same_from_inside_the_raw_data(reference, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(data / "raw" / "openpilot")
+    assert run(Path(), tmp_path / "shards")["refused"] == reference[0]["refused"]
+    assert tree(tmp_path / "shards") == reference[2]
+
+
+@needs_strace
+@pytest.mark.fault("F1", "F10")
+def test_a_share_that_was_killed_between_two_tables_of_new_inputs_is_not_taken_for_done(data, tmp_path):
+    for number in range(3):
+        shutil.copytree(drive_folder(data, number), drive_folder(tmp_path, number))
+    out, first = tmp_path / "shards", partial(run, tmp_path, tmp_path / "shards", shard=(1, 3))
+    run(tmp_path, out)
+    made.write_segment(drive_folder(tmp_path, 0), 52)
+    # frames.arrow and its receipt are in their place: the windows beside them are still the old ones
+    assert run_traced(first, "inject=rename:signal=SIGKILL:when=3") == -signal.SIGKILL
+    assert frames_path(out, recording_id(0)).stat().st_mtime > windows_path(out, recording_id(0)).stat().st_mtime
+    assert not run(tmp_path, out, shard=(2, 3))["finished"]
+    assert first()["finished"]
+    run(tmp_path, tmp_path / "fresh")
+    assert tree(out) == tree(tmp_path / "fresh")

@@ -12,12 +12,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from omni_cli.errors import DataError, UsageError
+from omni_cli.errors import DataError, OmniError, UsageError
 from omni_cli.samples.shards import open_shards, recording_folder
 from omni_cli.stages.etl.memory import GIB, machine_bytes, worker_bytes
 from tests.support import openpilot as made
-from tests.support.etl_once import run
-from tests.test_etl import recording_id, segment, tree
+from tests.support.etl_once import command, run, undisturbed
+from tests.support.folders import tree
+from tests.support.openpilot import drive_folder, recording_id
 
 DRIVES = 6
 POISON = recording_id(2)
@@ -25,21 +26,12 @@ POISON = recording_id(2)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    data = tmp_path_factory.mktemp("data")
-    for number in range(DRIVES):
-        made.write_segment(segment(data, number), 40 + 4 * number)
-    return data
+    return made.write_drives(tmp_path_factory.mktemp("data"), DRIVES)
 
 
 @pytest.fixture(scope="module")
 def reference(data, tmp_path_factory) -> dict[str, str]:
-    out = tmp_path_factory.mktemp("reference") / "shards"
-    run(data, out, workers=0, quiet=True)
-    return tree(out)
-
-
-def command(data, out, **options):
-    return [sys.executable, "-m", "tests.support.etl_once", str(data), str(out), json.dumps(options)]
+    return undisturbed(data, tmp_path_factory.mktemp("reference"))
 
 
 def start(data, out, **options):
@@ -77,6 +69,19 @@ def test_shares_at_once_one_of_them_killed_make_the_same_bytes(data, reference, 
     assert tree(out) == reference
     for process in (slow, *others):
         process.stderr.close()
+
+
+@pytest.mark.fault("F10")
+def test_another_etl_of_other_settings_in_the_same_folder_is_named(data, tmp_path):
+    out = tmp_path / "shards"
+    first = start(data, out, workers=0)
+    wait_for(recording_folder(out, recording_id(0)) / "windows.arrow.receipt.json")
+    first.send_signal(signal.SIGSTOP)
+    run(data, out, workers=0, rate_hz=5.0, quiet=True)
+    first.send_signal(signal.SIGCONT)
+    told = first.communicate(timeout=120)[1]
+    assert (first.returncode, "of other settings or of another version, made" in told) == (1, True), told
+    assert not (out / "manifest.json").exists()  # of two kinds of shards
 
 
 def wait_for(path, seconds=150):
@@ -142,10 +147,10 @@ def test_what_crashed_is_tried_again_only_where_that_makes_sense(data, tmp_path)
 
 def test_changed_inputs_are_tried_again(data, reference, tmp_path):
     for number in (2, 3):
-        made.write_segment(segment(tmp_path, number), 40 + 4 * number)
+        made.write_segment(drive_folder(tmp_path, number), 40 + 4 * number)
     poison = {POISON: "raise"}
     run(tmp_path, tmp_path / "shards", workers=0, poison=poison)
-    made.write_segment(segment(tmp_path, 2), 56)
+    made.write_segment(drive_folder(tmp_path, 2), 56)
     assert run(tmp_path, tmp_path / "shards", workers=0)["refused"] == {}
     assert not list((tmp_path / "shards").rglob("crashes.json"))
 
@@ -162,6 +167,32 @@ def test_workers_share_the_memory_of_the_machine():
     assert worker_bytes(4, 2.5) == round(3.5 * GIB)
     assert 0.8 * machine_bytes() < 2 * (worker_bytes(2, None) - GIB) < machine_bytes()
     assert worker_bytes(10**6, None) == 2 * GIB
+
+
+@pytest.fixture
+def job():
+    """A control group with 3 GiB of memory, as Slurm makes one a job, where this system lets us make one."""
+    lines = [line.split(":", 2)[1:] for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    folders = {name: Path("/sys/fs/cgroup", name, group.lstrip("/"), "omni") for name, group in lines}
+    folder, limit = (folders["memory"], "memory.limit_in_bytes") if "memory" in folders else (folders[""], "memory.max")
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("this system lets us make no control group")
+    try:
+        (folder / limit).write_text(str(3 * GIB))
+        yield folder
+    except OSError:
+        pytest.skip("this system lets us limit no memory")
+    finally:
+        folder.rmdir()
+
+
+@pytest.mark.fault("F20")
+def test_workers_share_the_memory_of_the_job(job):
+    script = "from omni_cli.stages.etl.memory import machine_bytes; print(machine_bytes())"
+    inside = ["bash", "-c", f'echo $$ > {job}/cgroup.procs; exec "$@"', "bash", sys.executable, "-c", script]
+    assert subprocess.run(inside, capture_output=True, text=True, check=True).stdout == f"{3 * GIB}\n"
 
 
 @pytest.mark.fault("F2", "F21")
@@ -220,6 +251,22 @@ def test_ray_that_is_not_installed_is_told_with_the_remedy(data, tmp_path, monke
         run(data, tmp_path / "shards", engine="ray")
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense"])
+def test_a_cluster_that_is_not_there_is_told_at_once(data, tmp_path, monkeypatch, address):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(
+        UsageError, match=rf"^RAY_ADDRESS={address}: no cluster \(.*\); name a cluster that runs, or none$"
+    ):
+        run(data, tmp_path / "shards", engine="ray")
+
+
+@pytest.mark.storm
+def test_a_worker_of_a_cluster_that_does_not_start_is_no_fault_of_a_recording(data, tmp_path):
+    with pytest.raises(OmniError, match=r"does not start \(ValueError: .*NaN.*\); install the same omni-cli on all"):
+        run(data, tmp_path / "shards", engine="ray", workers=1, worker_gb=float("nan"))
+    assert not list(tmp_path.rglob("crashes.json"))
+
+
 def test_a_dry_run_foresees_what_the_run_will_say(data, tmp_path, capfd):
     foreseen = run(data, tmp_path / "shards", dry_run=True, rate_hz=40.0)
     said = capfd.readouterr().err
@@ -230,15 +277,15 @@ def test_a_dry_run_foresees_what_the_run_will_say(data, tmp_path, capfd):
     assert said.startswith("a note of the recipe\n")
     for split in ("train", "val"):
         assert foreseen["windows_by_split"][split] == pytest.approx(result["windows"][split], rel=0.35)
-    made.write_segment(segment(tmp_path, 0), 40)
+    made.write_segment(drive_folder(tmp_path, 0), 40)
     run(tmp_path, tmp_path / "one", dry_run=True)
     assert "warning: no val window: there are too few drives to split; fetch more" in capfd.readouterr().err
 
 
 def test_a_log_that_was_cut_is_named(tmp_path, capfd):
     for number in range(3):
-        made.write_segment(segment(tmp_path, number), 60)
-    log = next(segment(tmp_path, 1).glob("qlog*"))
+        made.write_segment(drive_folder(tmp_path, number), 60)
+    log = next(drive_folder(tmp_path, 1).glob("qlog*"))
     log.write_bytes(log.read_bytes()[:-5])
     for _ in range(2):  # where the shard is kept, too
         run(tmp_path, tmp_path / "shards", workers=0)
@@ -250,8 +297,8 @@ def test_a_log_that_was_cut_is_named(tmp_path, capfd):
 
 def test_a_refusal_names_its_recording_once(data, tmp_path, capfd):
     for number in range(3):
-        made.write_segment(segment(tmp_path, number), 44)
-    (segment(tmp_path, 1) / "qcamera.ts").write_bytes(b"")
+        made.write_segment(drive_folder(tmp_path, number), 44)
+    (drive_folder(tmp_path, 1) / "qcamera.ts").write_bytes(b"")
     result = run(tmp_path, tmp_path / "shards", workers=0)
     (line,) = (line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: refused"))
     assert line.count(recording_id(1)) == 1

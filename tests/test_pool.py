@@ -1,17 +1,19 @@
 """Whatever happens to a worker costs one attempt of one item."""
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 
-from omni_cli.stages.pool import run_pool
+from omni_cli.stages.pool import Pool, run_pool
 from omni_cli.stages.worker import TAIL_BYTES, begin
 
 
@@ -106,6 +108,12 @@ def test_a_memory_of_attempts_is_told_what_failed_and_decides(workers):
     assert failure.trace.endswith('raise ValueError("no good")\nValueError: no good\n')
 
 
+def test_a_memory_that_starts_anew_each_time_does_not_try_for_ever():
+    answers = iter([1] * 5)
+    (outcome,) = run_pool(misbehave, [("raise", "")], workers=0, attempts=3, count=lambda *_: next(answers))
+    assert (outcome.attempts, list(answers)) == (3, [1, 1])
+
+
 @pytest.mark.fault("F20")
 def test_the_last_that_a_dead_worker_said_is_kept():
     told = []
@@ -128,29 +136,84 @@ def test_nothing_to_do_is_done_at_once():
     assert outcomes([]) == {}
 
 
+@pytest.mark.fault("F20")
+def test_a_worker_that_is_stuck_with_nothing_to_do_holds_up_nobody():
+    with Pool(misbehave, 1, 1, 4.0) as pool:
+        assert [outcome.error for outcome in pool.run([("good", "")])] == [None]
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid, signal.SIGSTOP)
+    assert multiprocessing.active_children() == []
+
+
 SUPERVISOR = """
-import sys, time
+import ctypes, sys, time
 from omni_cli.stages.pool import run_pool
+
+def sleep(seconds):
+    time.sleep(seconds)
+
+def hold(seconds):  # as a hung library does that keeps the interpreter's lock
+    ctypes.PyDLL(None).sleep(seconds)
+
+def sleep_in_parts(seconds):
+    for _ in range(10 * seconds):
+        time.sleep(0.1)
+
 if __name__ == "__main__":
+    function, items, timeout_s = globals()[sys.argv[1]], map(int, sys.argv[2].split(",")), float(sys.argv[3])
     try:
-        for outcome in run_pool(time.sleep, [0, 600, 600], workers=2):
-            print("running", flush=True)
+        settings = {"workers": 2, "attempts": 1, "timeout_s": timeout_s, "memory_bytes": 3 << 30}
+        for outcome in run_pool(function, list(items), **settings):
+            print(outcome.error or "running", flush=True)
     except KeyboardInterrupt:
         sys.exit(130)
 """
 
 
-@pytest.mark.fault("F2", "F21")
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
-def test_no_worker_outlives_its_supervisor(tmp_path, sent, code):
-    script = tmp_path / "supervisor.py"
+@contextmanager
+def supervisor(folder, *arguments, limits="true"):
+    script = folder / "supervisor.py"
     script.write_text(SUPERVISOR)
     environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
-    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment) as process:
+    command = ["bash", "-c", f'{limits}; exec "$@"', "bash", sys.executable, str(script), *arguments]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True, cwd=folder
+    ) as process:
+        yield process
+
+
+@pytest.mark.fault("F2", "F21")
+@pytest.mark.parametrize(
+    ("sent", "code", "doing"),
+    [(signal.SIGKILL, -signal.SIGKILL, "sleep"), (signal.SIGINT, 130, "sleep"), (signal.SIGKILL, -9, "hold")],
+)
+def test_no_worker_outlives_its_supervisor(tmp_path, sent, code, doing):
+    with supervisor(tmp_path, doing, "0,600,600", "600") as process:
         assert process.stdout.readline() == "running\n"
         workers = psutil.Process(process.pid).children(recursive=True)
+        time.sleep(0.5)  # both hold what they are to hold
         process.send_signal(sent)
         assert process.wait(timeout=10) == code
     assert len(workers) >= 2
     _, alive = psutil.wait_procs(workers, timeout=10)
+    for worker in alive:
+        worker.kill()
     assert alive == []
+
+
+@pytest.mark.fault("F12", "F20")
+def test_time_in_which_everything_was_stopped_is_no_fault_of_an_item(tmp_path):
+    with supervisor(tmp_path, "sleep_in_parts", "0,2", "4") as process:
+        assert process.stdout.readline() == "running\n"
+        os.killpg(process.pid, signal.SIGSTOP)  # as by Ctrl-Z, or a suspended job
+        time.sleep(4.5)
+        os.killpg(process.pid, signal.SIGCONT)
+        assert process.stdout.readline() == "running\n"
+        assert process.wait(timeout=10) == 0
+
+
+@pytest.mark.fault("F22")
+@pytest.mark.parametrize("limits", ["ulimit -d 2000000", 'export TMPDIR="$PWD/{0}"; mkdir -p "$TMPDIR"'])
+def test_a_lower_limit_and_a_long_tmpdir_are_no_fault_of_an_item(tmp_path, limits):
+    with supervisor(tmp_path, "sleep", "0", "60", limits=limits.format("x" * 90)) as process:
+        assert process.stdout.readline() == "running\n"

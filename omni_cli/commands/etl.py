@@ -27,7 +27,8 @@ EngineName = Annotated[
 ]
 Workers = Annotated[int | None, typer.Option(min=0, help="Processes; 0 uses this one. [default: one a core]")]
 WorkerGb = Annotated[
-    float | None, typer.Option(min=1.0, help="GiB of memory each may use. [default: a share of its machine]")
+    float | None,
+    typer.Option(min=1.0, max=2.0**20, help="GiB of memory each may use. [default: a share of its machine]"),
 ]
 RetryCrashed = Annotated[
     bool, typer.Option("--retry-crashed", help="Try those again that crashed or hung at every attempt.")

@@ -20,7 +20,15 @@ from pydantic import Field
 
 from omni_cli.config import Settings, read_document
 from omni_cli.errors import DataError, UsageError
-from omni_cli.files import commit_json, commit_stream, hash_json, read_receipt, sync_folder, verified_receipt
+from omni_cli.files import (
+    commit_json,
+    commit_stream,
+    hash_json,
+    read_receipt,
+    receipt_path,
+    sync_folder,
+    verified_receipt,
+)
 from omni_cli.samples.preprocess import Preprocess
 from omni_cli.samples.splits import SplitRule
 from omni_cli.samples.tables import FRAMES, Frames, ShardTables
@@ -97,15 +105,19 @@ class ShardSet:
     manifest: Manifest
 
     def windows(self, recording_id: str) -> pa.Table:
-        """Return the windows of one recording, memory-mapped."""
+        """Read the windows of one recording."""
         return open_stream(windows_path(self.folder, recording_id))
 
     def frames(self, recording_id: str) -> pa.Table:
-        """Return the frames of one recording, memory-mapped: no picture is read until it is asked for."""
+        """Read the frames of one recording, every picture of it, into memory."""
         return open_stream(frames_path(self.folder, recording_id))
 
     def tokens(self, recording_id: str, sidecar_key: str) -> pa.Table:
-        """Return the token sidecar of one recording.
+        """Read the token sidecar of one recording; raises as `tokens_file`."""
+        return open_stream(self.tokens_file(recording_id, sidecar_key))
+
+    def tokens_file(self, recording_id: str, sidecar_key: str) -> Path:
+        """Return the file of the token sidecar of one recording.
 
         Raises:
             DataError: this sidecar is not there.
@@ -113,7 +125,7 @@ class ShardSet:
         path = tokens_path(self.folder, recording_id, sidecar_key)
         if not path.is_file():
             raise DataError(f"{self.folder}: has no tokens for this model and template; {_REMAKE.format(self.folder)}")
-        return open_stream(path)
+        return path
 
     def damaged(self) -> list[str]:
         """Return the files whose content is not what the manifest says; reads every byte."""
@@ -169,30 +181,28 @@ def write_stream(table: pa.Table, stream: BinaryIO, rows_per_batch: int) -> None
 
 
 def open_stream(path: Path) -> pa.Table:
-    """Open an Arrow IPC stream by memory map; nothing but its headers is read.
+    """Read an Arrow IPC stream into memory.
 
     Raises:
         DataError: it is no such stream.
     """
-    return map_stream(path)[0]
-
-
-def map_stream(path: Path) -> tuple[pa.Table, pa.Buffer]:
-    """Return the same, and the whole file as the buffer that the table's buffers are parts of."""
     try:
-        with pa.memory_map(str(path)) as source:
-            file = source.read_buffer()
-            return pa.ipc.open_stream(pa.BufferReader(file)).read_all(), file
+        return pa.ipc.open_stream(path.read_bytes()).read_all()
     except (pa.ArrowException, OSError) as error:
-        raise DataError(
-            f"{path}: cannot be read as an Arrow stream ({' '.join(str(error).split())}); {DAMAGED_REMEDY}"
-        ) from None
+        raise not_a_stream(path, error) from None
+
+
+def not_a_stream(path: Path, error: Exception) -> DataError:
+    """Return the error of a file that cannot be read as an Arrow stream."""
+    why = " ".join(str(error).split())
+    return DataError(f"{path}: cannot be read as an Arrow stream ({why}); {DAMAGED_REMEDY}")
 
 
 def write_recording(folder: Path, recording_id: str, tables: ShardTables, unit_key: str, **facts: Any) -> None:
     """Write one recording's tables, frames first: the receipt of its windows says that the unit is done.
 
-    The frames are decoded here, while they are written. A published manifest is taken back once they are whole.
+    The frames are decoded here, while they are written. Once they are whole a published manifest is taken back, and
+    the receipt of windows that were made from something else: they would be taken for those of the new frames.
 
     Args:
         folder: of the shard set.
@@ -209,10 +219,18 @@ def write_recording(folder: Path, recording_id: str, tables: ShardTables, unit_k
     def frames(stream: BinaryIO) -> None:
         _write_frames(recording_id, tables.frames, stream)
         retract_manifest(folder)
+        _retract_windows(windows_path(folder, recording_id), unit_key)
 
     windows = partial(write_stream, tables.windows, rows_per_batch=WINDOW_ROWS_PER_BATCH)
     commit_stream(frames_path(folder, recording_id), frames, unit_key=unit_key, rows=tables.frames.num_rows)
     commit_stream(windows_path(folder, recording_id), windows, unit_key=unit_key, rows=tables.windows.num_rows, **facts)
+
+
+def _retract_windows(path: Path, unit_key: str) -> None:
+    receipt = read_receipt(path)
+    if receipt is not None and receipt.get("unit_key") != unit_key:
+        receipt_path(path).unlink(missing_ok=True)
+        sync_folder(path.parent)
 
 
 def _write_frames(recording_id: str, frames: Frames, stream: BinaryIO) -> None:

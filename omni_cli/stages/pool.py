@@ -18,6 +18,7 @@ from omni_cli.stages.worker import TAIL_BYTES, Answer, Begun, Worker, attempt_he
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 _POLL_S = 0.2
+_LOOK_S = 1.0  # the most that one look at the workers counts for a deadline
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ class Pool(Generic[Item, Result]):
     count: CountAttempt[Item] | None = None
     _idle: list[Worker] = field(default_factory=list)
     _running: dict[Connection, _Running[Item]] = field(default_factory=dict)
+    _watched_s: float = 0.0  # the clock of the deadlines
+    _looked_s: float = field(default_factory=time.monotonic)
 
     def __enter__(self) -> "Pool[Item, Result]":
         return self
@@ -118,11 +121,13 @@ class Pool(Generic[Item, Result]):
                     yield outcome
 
     def close(self) -> None:
-        """End all workers, those in the middle of an item too."""
+        """End all workers, those in the middle of an item too; an idle one has nothing to lose, and may be stuck."""
+        workers = [*self._idle, *(running.worker for running in self._running.values())]
         with _undisturbed():
-            for running in self._running.values():
-                running.worker.process.kill()
-        for worker in [*self._idle, *(running.worker for running in self._running.values())]:
+            for worker in workers:
+                worker.process.kill()
+        for worker in workers:
+            worker.kill()
             worker.close()
         self._idle.clear()
         self._running.clear()
@@ -143,10 +148,11 @@ class Pool(Generic[Item, Result]):
         try:
             worker.connection.send(task.item)
         except OSError:  # an idle worker died; its death is nobody's fault
+            worker.kill()
             worker.close()
             worker = spawn(self.function, self.memory_bytes)
             worker.connection.send(task.item)
-        deadline = time.monotonic() + self.timeout_s
+        deadline = self._watched_s + self.timeout_s
         self._running[worker.connection] = _Running(worker, task, self.timeout_s, deadline)
 
     def _answers(self) -> list[tuple[_Task[Item], Answer, Failure | None]]:
@@ -168,7 +174,7 @@ class Pool(Generic[Item, Result]):
             return self._lose(running, f"worker sent what cannot be read: {error}")
         if isinstance(said, Begun):
             running.begun, running.allow_s = said.what, said.allow_s
-            running.deadline = time.monotonic() + said.allow_s
+            running.deadline = self._watched_s + said.allow_s
             return None
         if said.error is not None:
             return self._lose(running, said.error, said.trace)
@@ -176,9 +182,18 @@ class Pool(Generic[Item, Result]):
         return running.task, said, None
 
     def _overdue(self) -> list[tuple[_Task[Item], Answer, Failure | None]]:
-        now = time.monotonic()
-        late = [running for running in self._running.values() if now > running.deadline]
+        self._look()
+        late = [running for running in self._running.values() if self._watched_s > running.deadline]
         return [self._lose(running, f"took longer than {running.allow_s:g} s") for running in late]
+
+    def _look(self) -> None:
+        """Advance the clock of the deadlines; it stands while this process does, for what stops one stops them all.
+
+        Ctrl-Z, a suspended job and a paused container are no fault of any item.
+        """
+        now_s = time.monotonic()
+        self._watched_s += min(now_s - self._looked_s, _LOOK_S)
+        self._looked_s = now_s
 
     def _lose(self, running: _Running[Item], error: str, trace: str = "") -> tuple[_Task[Item], Answer, Failure]:
         """Let a worker go whose attempt failed."""
@@ -192,7 +207,8 @@ class Pool(Generic[Item, Result]):
         """Return the outcome of an item, or None where it gets another attempt."""
         if failure is None:
             return Outcome(task.item, answer.result, None, task.attempts + 1)
-        task.attempts = self.count(task.item, failure) if self.count else task.attempts + 1
+        remembered = self.count(task.item, failure) if self.count else 0
+        task.attempts = max(task.attempts + 1, remembered)  # a memory that is lost, or starts anew, ends here
         if task.attempts < self.attempts:
             return None
         return Outcome(task.item, None, failure.error, task.attempts)

@@ -6,14 +6,18 @@ where it was.
 """
 
 import faulthandler
+import fcntl
 import multiprocessing
 import os
 import pickle
 import resource
 import signal
+import sys
+import tempfile
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -24,6 +28,7 @@ _STDERR = 2
 _READ_BYTES = 1 << 16
 _LOST_SUPERVISOR = 1
 _DEATH_S = 10.0
+_LONGEST_TEMPDIR = 107 - len("/pymp-12345678/listener-12345678")
 
 
 @dataclass(frozen=True)
@@ -96,14 +101,13 @@ class Worker:
         return self._tail.decode(errors="replace")
 
     def kill(self) -> None:
-        """End the worker whatever it does."""
+        """End the worker whatever it does; one that waits for a disk that is gone ends when that answers."""
         self.process.kill()
-        self.process.join()
+        self.process.join(_DEATH_S)
 
     def close(self) -> None:
-        """Let an idle worker, or a dead one, go."""
+        """Let go of a worker that has ended."""
         self.connection.close()
-        self.process.join()
         self.stderr.close()
 
     def death(self) -> str:
@@ -129,10 +133,23 @@ def spawn(function: Callable[[Any], Any], memory_bytes: int | None) -> Worker:
     process = context.Process(
         target=_work, args=(theirs, their_stderr, pickle.dumps(function), memory_bytes), daemon=True
     )
-    process.start()
+    with _short_tempdir():
+        process.start()
     theirs.close()
     their_stderr.close()
     return Worker(ours, process, stderr)
+
+
+@contextmanager
+def _short_tempdir() -> Iterator[None]:
+    """Let the forkserver listen in /tmp where TMPDIR is too long for the name of a socket (unix(7): 108 bytes)."""
+    before = tempfile.tempdir
+    if len(os.fsencode(tempfile.gettempdir())) > _LONGEST_TEMPDIR:
+        tempfile.tempdir = "/tmp"
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
 def _work(connection: Connection, stderr: Connection, function: bytes, memory_bytes: int | None) -> None:
@@ -145,9 +162,12 @@ def _work(connection: Connection, stderr: Connection, function: bytes, memory_by
     faulthandler.enable()
     for each in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group: the supervisor decides
         signal.signal(each, signal.SIG_IGN)
-    threading.Thread(target=_end_with_supervisor, daemon=True).start()
+    supervisor = multiprocessing.parent_process()
+    assert supervisor is not None  # this is its worker
+    _have_me_killed_with(supervisor.sentinel)
+    threading.Thread(target=_end_with, args=(supervisor.sentinel,), daemon=True).start()
     if memory_bytes is not None:
-        resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
+        _limit_memory(memory_bytes)
     _HERE.supervisor = connection
     serve = pickle.loads(function)
     while True:
@@ -158,6 +178,13 @@ def _work(connection: Connection, stderr: Connection, function: bytes, memory_by
         connection.send(_attempt(serve, item))
 
 
+def _limit_memory(memory_bytes: int) -> None:
+    """Set the limit, or leave the one that is set from outside (`ulimit -d`) where that is lower."""
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    own = memory_bytes if most == resource.RLIM_INFINITY else min(memory_bytes, most)
+    resource.setrlimit(resource.RLIMIT_DATA, (own, own))
+
+
 def _attempt(function: Callable[[Any], Any], item: Any) -> Answer:
     try:
         return Answer(function(item))
@@ -165,9 +192,18 @@ def _attempt(function: Callable[[Any], Any], item: Any) -> Answer:
         return Answer(error=f"{type(error).__name__}: {error}", trace=traceback.format_exc())
 
 
-def _end_with_supervisor() -> None:
+def _have_me_killed_with(sentinel: int) -> None:
+    """Have the kernel kill this process when the pipe from the supervisor breaks (fcntl(2), F_SETSIG).
+
+    A thread has no turn while a library holds the interpreter's lock, and none in a process that is stopped.
+    """
+    if sys.platform == "linux":
+        fcntl.fcntl(sentinel, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(sentinel, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(sentinel, fcntl.F_SETFL, fcntl.fcntl(sentinel, fcntl.F_GETFL) | os.O_ASYNC)
+
+
+def _end_with(sentinel: int) -> None:
     """End this process as soon as the supervisor is gone, even in the middle of an item."""
-    supervisor = multiprocessing.parent_process()
-    if supervisor is not None:
-        wait([supervisor.sentinel])
-        os._exit(_LOST_SUPERVISOR)
+    wait([sentinel])
+    os._exit(_LOST_SUPERVISOR)

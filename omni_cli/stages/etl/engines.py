@@ -9,6 +9,7 @@ import importlib.util
 import os
 import secrets
 import signal
+import socket
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
-from omni_cli.errors import UsageError
+from omni_cli.errors import OmniError, UsageError
 from omni_cli.stages.etl.identity import OPENING_S
 from omni_cli.stages.etl.memory import worker_bytes
 from omni_cli.stages.etl.plan import Job, Unit
@@ -28,6 +29,9 @@ from omni_cli.telemetry import usable_cores
 Engine = Literal["local", "ray"]
 UnitOutcome = Outcome[Unit, UnitResult]
 _LOST = "the machine or process under it was lost"
+_DOES_NOT_START = "a worker of the Ray cluster does not start ({}); install the same omni-cli on all its machines"
+_ALONE = "leave --engine away"
+_REACH_S = 10.0
 
 
 def run_units(
@@ -43,7 +47,8 @@ def run_units(
         worker_gb: limit of a worker's private memory in GiB; None: an equal share of its machine.
 
     Raises:
-        UsageError: Ray is asked for, and not installed.
+        UsageError: Ray is asked for, and not installed, or its cluster is not there.
+        OmniError: a machine of the cluster has another omni.
     """
     if not units:
         return
@@ -76,7 +81,8 @@ def _run_on_ray(job: Job, units: Sequence[Unit], workers: int | None, worker_gb:
     count, todo, lost = CountCrash(job), deque(units), Counter[Unit]()
     with _cluster(workers) as ray:
         shared, actor_class = ray.put(job), ray.remote(num_cpus=1)(UnitActor)
-        places = min(workers or int(ray.cluster_resources()["CPU"]), len(units))
+        cpus = int(ray.cluster_resources().get("CPU", 0))  # of a cluster that grows when it is asked: none yet
+        places = min(workers or max(cpus, 1), len(units))
         actors = deque(actor_class.remote(shared, worker_gb) for _ in range(places))
         running: dict[Future[UnitOutcome], tuple[Any, Unit]] = {}
         while todo or running:
@@ -89,7 +95,9 @@ def _run_on_ray(job: Job, units: Sequence[Unit], workers: int | None, worker_gb:
             try:
                 outcome = ended.result()
                 actors.append(actor)
-            except ray.exceptions.RayActorError:
+            except ray.exceptions.RayActorError as error:
+                if error.actor_init_failed:  # no unit's fault: another omni there, or none
+                    raise OmniError(_DOES_NOT_START.format(_last_line(error))) from None
                 actors.append(actor_class.remote(shared, worker_gb))
                 lost[unit] += 1
                 spent = max(count(unit, Failure(_LOST, "", "")), lost[unit])
@@ -112,10 +120,39 @@ def _cluster(workers: int | None) -> Iterator[Any]:
         if "RAY_AUTH_MODE" not in os.environ:  # nobody else on this machine gets in
             os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     ray = importlib.import_module("ray")
-    heard = signal.getsignal(signal.SIGTERM)
-    ray.init(address or "local", **options)
-    signal.signal(signal.SIGTERM, heard)  # ray puts its own in its place
     try:
+        _connect(ray, address, options)
         yield ray
     finally:
         ray.shutdown()
+
+
+def _connect(ray: Any, address: str | None, options: dict[str, Any]) -> None:
+    heard = signal.getsignal(signal.SIGTERM)
+    try:
+        if address:
+            _reach(address)
+        ray.init(address or "local", **options)
+    except (OSError, RuntimeError, ValueError) as error:
+        where, remedy = (f"RAY_ADDRESS={address}", "name a cluster that runs, or none") if address else ("Ray", _ALONE)
+        raise UsageError(f"{where}: no cluster ({_last_line(error)}); {remedy}") from None
+    except SystemExit:  # ray's answer to SIGTERM while it starts; ours follows
+        signal.signal(signal.SIGTERM, heard)
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, heard)  # ray puts its own in its place
+
+
+def _reach(address: str) -> None:
+    """Try a cluster's HOST:PORT, since ray itself would try for ever; other forms it refuses itself.
+
+    Raises:
+        OSError: nobody listens there.
+    """
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "://" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), _REACH_S).close()
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().rpartition("\n")[2]

@@ -24,7 +24,7 @@ ATTEMPTS = 3
 def refuse(job: Job, unit: Unit, reason: str) -> str:
     """Note that a recording is refused, in words that are the same on every machine, and return them."""
     plain = reason.removeprefix(unit.recording_id).lstrip(": ")  # whoever tells it names the recording
-    plain = plain.replace(str(job.raw.absolute()), "RAW").replace(str(job.raw), "RAW")
+    plain = plain.replace(str(job.raw.absolute()), "RAW")
     if refusal(job, unit) != plain:
         retract_manifest(job.out)
         receipt_path(windows_path(job.out, unit.recording_id)).unlink(missing_ok=True)  # what was made is outdated

@@ -50,7 +50,7 @@ def run_unit(job: Job, unit: Unit) -> UnitResult:
         if not (reason := refused_by_machine(error, folder)):
             raise
         if error.errno in _UNREADABLE and not _is_ours(job, error):
-            return _refused(job, unit, f"cannot be read: {refused_by_machine(error, job.raw)}")
+            return _refused(job, unit, f"cannot be read: {refused_by_machine(error, job.raw.absolute())}")
         return UnitResult("stopped", reason)
 
 
@@ -74,7 +74,7 @@ def _make(job: Job, unit: Unit) -> UnitResult:
         clear(job, unit)
         return UnitResult("kept", **told)
     begin(unit_key, allowed_s(recording, job.preprocess))
-    tables = job.make_tables(recording, job.preprocess, assign_split=_assign_split(job, unit, recording))
+    tables = job.make_tables(recording, job.preprocess, assign_split=assign_split(job, unit, recording))
     provenance = {**recording.provenance, **tables.facts}
     facts = {"plan_key": job.plan_key(unit), "group": unit.group, "provenance": provenance}
     write_recording(job.out, unit.recording_id, tables, unit_key, **facts, **_summary(tables))
@@ -88,14 +88,10 @@ def _warnings(recording: Recording) -> tuple[str, ...]:
     return ()
 
 
-def _assign_split(job: Job, unit: Unit, recording: Recording) -> AssignSplit:
+def assign_split(job: Job, unit: Unit, recording: Recording) -> AssignSplit:
+    """Return what gives each window of a recording its split: that of the unit, or one by its time."""
     if unit.split != "by time":
         return partial(_constant_split, unit.split)
-    return split_by_time(job, recording)
-
-
-def split_by_time(job: Job, recording: Recording) -> AssignSplit:
-    """Return what gives each window of a recording its split by time."""
     first_us, last_us = span_us(recording, job.preprocess.cameras)
     validation, gap_s = job.settings["split"]["validation"], job.settings["split"]["gap_s"]
     return partial(time_split, first_us=first_us, last_us=last_us, validation=validation, gap_s=gap_s)
