@@ -84,7 +84,7 @@ class Sampled(Protocol):
     def table_maker(self) -> TableMaker:
         """Return what decodes one recording and cuts it into windows with targets.
 
-        It travels to the workers of a pool, so it is a picklable function of `samples`, never a bound method: whoever
+        It travels to the workers of a pool, so it holds picklable functions of `samples`, never a bound method: whoever
         unpickles the recipe imports its models and trainers, which takes longer than a recording. Only a teacher that
         is itself a model is worth that.
         """

@@ -70,12 +70,7 @@ def driving_tables(
     Raises:
         DataError: a camera, its calibration, the motion or what the teacher needs is missing, or no window is left.
     """
-    phase_us = _grid_phase_us(recording, preprocess, max_age_us)
-    chosen = choose_windows(
-        recording, preprocess, stride=stride, max_age_us=max_age_us, assign_split=assign_split, phase_us=phase_us
-    )
-    windows, is_paired = per_view(recording, chosen.windows, preprocess)
-    chosen = _only(replace(chosen, windows=windows), is_paired, UNPAIRED)
+    chosen, phase_us = _choose(recording, preprocess, stride=stride, max_age_us=max_age_us, assign_split=assign_split)
     seen = seen_views(recording, preprocess, chosen.windows)
     looks = _looks(recording, chosen.windows, seen)
     driven = driven_paths(recording, looks.timestamp_us, camera=preprocess.cameras[0])
@@ -90,6 +85,36 @@ def driving_tables(
     table = windows_table(chosen, frame_rows(chosen.windows, stored), targets, STEP_COLUMNS)
     facts = {"grid_phase_us": str(phase_us), **labels.facts}
     return ShardTables(frame_batches(stored), table, chosen.dropped, facts)
+
+
+def driving_windows(
+    recording: Recording,
+    preprocess: ModelFramePreprocess,
+    *,
+    stride: int,
+    max_age_us: int,
+    assign_split: AssignSplit,
+) -> ChosenWindows:
+    """Return the windows that `driving_tables` asks the teacher about; raises as it does, and decodes nothing."""
+    chosen, _ = _choose(recording, preprocess, stride=stride, max_age_us=max_age_us, assign_split=assign_split)
+    return chosen
+
+
+def _choose(
+    recording: Recording,
+    preprocess: ModelFramePreprocess,
+    *,
+    stride: int,
+    max_age_us: int,
+    assign_split: AssignSplit,
+) -> tuple[ChosenWindows, int]:
+    """Return the windows, and the phase of the time grid."""
+    phase_us = _grid_phase_us(recording, preprocess, max_age_us)
+    chosen = choose_windows(
+        recording, preprocess, stride=stride, max_age_us=max_age_us, assign_split=assign_split, phase_us=phase_us
+    )
+    windows, is_paired = per_view(recording, chosen.windows, preprocess)
+    return _only(replace(chosen, windows=windows), is_paired, UNPAIRED), phase_us
 
 
 def per_view(

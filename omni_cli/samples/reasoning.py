@@ -16,8 +16,8 @@ import numpy as np
 from omni_cli.samples.sync import WindowPlan, plan_ending_at
 from omni_cli.samples.tables import REASONING_COLUMNS, Frames, ShardTables, windows_schema
 from omni_cli.samples.tiling import TiledPreprocess
-from omni_cli.samples.waypoints import WAYPOINT_TARGETS, check_poses, forecast_tables, with_waypoints
-from omni_cli.samples.windows import AssignSplit, camera_streams
+from omni_cli.samples.waypoints import REACH, WAYPOINT_TARGETS, Waypoints, check_poses, forecast_tables, with_waypoints
+from omni_cli.samples.windows import AssignSplit, ChosenWindows, camera_streams, split_windows
 from omni_cli.scene.recording import Recording
 
 MAX_CHARACTERS = 1000  # of a text; the published ones are a sentence or two
@@ -44,26 +44,45 @@ def reasoning_tables(
     Raises:
         DataError: a camera or the poses are missing, a video is damaged, or its windows lie between the splits.
     """
-    check_poses(recording)
-    if not recording.captions:
-        return _nothing({NO_TEXT: 1})
-    texts, refused = usable_texts(recording)
-    plan = _plan(recording, preprocess, sorted(texts), max_age_us)
-    plan, paths = with_waypoints(WindowPlan(plan.windows, dict(Counter(plan.dropped) + refused)), recording)
-    if not plan.windows:
-        return _nothing(plan.dropped)
+    plan, paths, texts = _plan(recording, preprocess, max_age_us)
+    chosen = _split(plan, recording, preprocess, assign_split)
+    if not chosen.windows:
+        schema = windows_schema((*WAYPOINT_TARGETS, *REASONING_COLUMNS))
+        return ShardTables(Frames(0, lambda: iter(())), schema.empty_table(), chosen.dropped)
 
     def targets_at(at_us: int) -> dict[str, Any]:
         return {**paths[at_us].columns(), "reasoning": texts[at_us]}
 
-    return forecast_tables(
-        recording, preprocess, plan, targets_at=targets_at, assign_split=assign_split, more=REASONING_COLUMNS
-    )
+    return forecast_tables(recording, preprocess, chosen, targets_at=targets_at, more=REASONING_COLUMNS)
 
 
-def _nothing(dropped: dict[str, int]) -> ShardTables:
-    schema = windows_schema((*WAYPOINT_TARGETS, *REASONING_COLUMNS))
-    return ShardTables(Frames(0, lambda: iter(())), schema.empty_table(), dropped)
+def reasoning_windows(
+    recording: Recording, preprocess: TiledPreprocess, *, stride: int, max_age_us: int, assign_split: AssignSplit
+) -> ChosenWindows:
+    """Return the windows that `reasoning_tables` makes rows of; raises as it does, and decodes nothing."""
+    plan, _, _ = _plan(recording, preprocess, max_age_us)
+    return _split(plan, recording, preprocess, assign_split)
+
+
+def _plan(
+    recording: Recording, preprocess: TiledPreprocess, max_age_us: int
+) -> tuple[WindowPlan, dict[int, Waypoints], dict[int, str]]:
+    """Return the windows that end at texts, with the car's path there, and the texts, by their instant."""
+    check_poses(recording)
+    if not recording.captions:
+        return WindowPlan((), {NO_TEXT: 1}), {}, {}
+    texts, refused = usable_texts(recording)
+    plan = _ending_at(recording, preprocess, sorted(texts), max_age_us)
+    plan, paths = with_waypoints(WindowPlan(plan.windows, dict(Counter(plan.dropped) + refused)), recording)
+    return plan, paths, texts
+
+
+def _split(
+    plan: WindowPlan, recording: Recording, preprocess: TiledPreprocess, assign_split: AssignSplit
+) -> ChosenWindows:
+    if not plan.windows:
+        return ChosenWindows((), (), plan.dropped)
+    return split_windows(plan, recording, preprocess, assign_split, REACH)
 
 
 def usable_texts(recording: Recording) -> tuple[dict[int, str], Counter[str]]:
@@ -103,7 +122,9 @@ def text_refusal(text: str, recording_id: str) -> str:
     return NAMES_ITSELF if recording_id.lower() in text.lower() else ""
 
 
-def _plan(recording: Recording, preprocess: TiledPreprocess, ends_us: Sequence[int], max_age_us: int) -> WindowPlan:
+def _ending_at(
+    recording: Recording, preprocess: TiledPreprocess, ends_us: Sequence[int], max_age_us: int
+) -> WindowPlan:
     """Return the windows that end at instants, where all cameras see."""
     cameras = {name: one.timestamp_us for name, one in camera_streams(recording, preprocess.cameras).items()}
     return plan_ending_at(

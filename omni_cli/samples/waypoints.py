@@ -7,7 +7,6 @@ known has no waypoints. The frame is the rig's at the window's last instant.
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from omni_cli.samples.sync import MAX_MOTION_GAP_US, MOTION_GAP, PlannedWindow, 
 from omni_cli.samples.tables import EGO_MOTION_COLUMNS, WAYPOINT_COLUMNS, ShardTables
 from omni_cli.samples.tiling import TiledPreprocess
 from omni_cli.samples.unicycle import actions_from_path, is_drivable, speed_from_history
-from omni_cli.samples.windows import AssignSplit, plan_cameras, split_windows, tiled_tables
+from omni_cli.samples.windows import AssignSplit, ChosenWindows, Reach, plan_cameras, split_windows, tiled_tables
 from omni_cli.scene.clock import Float64Array, Int64Array
 from omni_cli.scene.poses import EgoMotion
 from omni_cli.scene.recording import Recording
@@ -27,7 +26,7 @@ from omni_cli.scene.recording import Recording
 WAYPOINT_TARGETS = (*EGO_MOTION_COLUMNS, *WAYPOINT_COLUMNS)
 NUM_FUTURE, NUM_HISTORY = 64, 16
 STEP_US = 100_000
-HORIZON_US, PAST_US = NUM_FUTURE * STEP_US, (NUM_HISTORY - 1) * STEP_US
+REACH = Reach(before_us=(NUM_HISTORY - 1) * STEP_US, after_us=NUM_FUTURE * STEP_US)
 NO_FUTURE = "the ego motion ends less than 6.4 s after the window"
 NO_PAST = "the ego motion begins less than 1.5 s before the window's last instant"
 NO_CAR = "the poses leap: no car drives so"
@@ -62,44 +61,54 @@ def waypoint_tables(
 ) -> ShardTables:
     """Cut a recording into windows with ego motion and waypoints; arguments as for `ego_motion_tables`.
 
-    What lies within 6.4 s after a window belongs to it, and so decides its split, too.
-
     Raises:
         DataError: a camera or the poses are missing, a video is damaged, or no window is left.
     """
-    check_poses(recording)
-    plan = plan_cameras(recording, preprocess.cameras, preprocess, stride=stride, max_age_us=max_age_us)
-    plan, paths = with_waypoints(plan, recording)
+    plan, paths = _plan(recording, preprocess, stride, max_age_us)
+    chosen = split_windows(plan, recording, preprocess, assign_split, REACH)
 
     def targets_at(at_us: int) -> dict[str, Any]:
         return paths[at_us].columns()
 
-    return forecast_tables(recording, preprocess, plan, targets_at=targets_at, assign_split=assign_split)
+    return forecast_tables(recording, preprocess, chosen, targets_at=targets_at)
+
+
+def waypoint_windows(
+    recording: Recording, preprocess: TiledPreprocess, *, stride: int, max_age_us: int, assign_split: AssignSplit
+) -> ChosenWindows:
+    """Return the windows that `waypoint_tables` makes rows of; raises as it does, and decodes nothing."""
+    plan, _ = _plan(recording, preprocess, stride, max_age_us)
+    return split_windows(plan, recording, preprocess, assign_split, REACH)
+
+
+def _plan(
+    recording: Recording, preprocess: TiledPreprocess, stride: int, max_age_us: int
+) -> tuple[WindowPlan, dict[int, Waypoints]]:
+    check_poses(recording)
+    plan = plan_cameras(recording, preprocess.cameras, preprocess, stride=stride, max_age_us=max_age_us)
+    return with_waypoints(plan, recording)
 
 
 def forecast_tables(
     recording: Recording,
     preprocess: TiledPreprocess,
-    plan: WindowPlan,
+    chosen: ChosenWindows,
     *,
     targets_at: Callable[[int], Mapping[str, Any]],
-    assign_split: AssignSplit,
     more: Sequence[pa.Field] = (),
 ) -> ShardTables:
-    """Return the tables of planned windows, with ego motion over each and targets at its last instant.
+    """Return the tables of windows, with ego motion over each and targets at its last instant.
 
     Args:
         recording: with the cameras of `preprocess`, and poses.
         preprocess: cameras, canvas, decoder.
-        plan: the windows.
+        chosen: the windows.
         targets_at: last instant of a window -> one value for each of `WAYPOINT_COLUMNS` and of `more`.
-        assign_split: span of a window and of what lies around its last instant -> its split.
         more: columns of further targets.
 
     Raises:
-        DataError: a camera is missing, a video is damaged, or no window is left.
+        DataError: a camera is missing, or a video is damaged.
     """
-    chosen = split_windows(plan, recording, preprocess, partial(_split_of_all, assign_split))
     told = [targets_at(window.end_us) for window in chosen.windows]
     targets: dict[str, Any] = {field.name: [one[field.name] for one in told] for field in (*WAYPOINT_COLUMNS, *more)}
     targets |= ego_motion_columns(recording, chosen.spans_us)
@@ -170,21 +179,15 @@ def waypoints_at(recording: Recording, at_us: Int64Array) -> dict[int, Waypoints
 
 def refusal(ego: EgoMotion, at_us: int) -> str:
     """Say why the path around an instant is not known; nothing where it is."""
-    first, last = ego.span_us
-    if at_us - PAST_US < first:
+    (first_us, last_us), (begin_us, end_us) = ego.span_us, REACH.around_us(at_us)
+    if begin_us < first_us:
         return NO_PAST
-    if at_us + HORIZON_US > last:
+    if end_us > last_us:
         return NO_FUTURE
-    is_gap = largest_gap_us(ego.timestamp_us, at_us - PAST_US, at_us + HORIZON_US) > MAX_MOTION_GAP_US
-    return MOTION_GAP if is_gap else ""
+    return MOTION_GAP if largest_gap_us(ego.timestamp_us, begin_us, end_us) > MAX_MOTION_GAP_US else ""
 
 
 def _waypoints(xyz_m: Float64Array, yaw_rad: Float64Array) -> Waypoints:
     speed_mps = speed_from_history(xyz_m[:NUM_HISTORY, :2], yaw_rad[:NUM_HISTORY])
     actions = actions_from_path(xyz_m[NUM_HISTORY:, :2], yaw_rad[NUM_HISTORY:], speed_mps)
     return Waypoints(xyz_m, yaw_rad, speed_mps, actions)
-
-
-def _split_of_all(assign_split: AssignSplit, start_us: int, end_us: int) -> str | None:
-    """Return the split of a window with what lies around its last instant."""
-    return assign_split(min(start_us, end_us - PAST_US), end_us + HORIZON_US)

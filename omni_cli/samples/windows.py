@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,22 +24,6 @@ AssignSplit = Callable[[int, int], str | None]
 BETWEEN_SPLITS = "lies between train and val"
 
 
-class TableMaker(Protocol):
-    """Cuts one recording into windows with targets; `ego_motion_tables` with its settings filled in is one."""
-
-    def __call__(self, recording: Recording, preprocess: Any, *, assign_split: AssignSplit) -> ShardTables:
-        """Decode and cut.
-
-        Args:
-            recording: with the cameras of `preprocess`.
-            preprocess: the recipe's own kind.
-            assign_split: (start_us, end_us) of a window -> its split, or None where it belongs to none.
-
-        Raises:
-            DataError: the recording cannot give what is asked for.
-        """
-
-
 @dataclass(frozen=True)
 class ChosenWindows:
     """The windows of one recording that belong to a split, and how many do not count for which reason."""
@@ -52,6 +36,47 @@ class ChosenWindows:
     def spans_us(self) -> Int64Array:
         """First and last instant of each window (windows, 2)."""
         return np.array([(window.start_us, window.end_us) for window in self.windows], dtype=np.int64).reshape(-1, 2)
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far labels look around a window's last instant; a window around which less is known is dropped."""
+
+    before_us: int = 0
+    after_us: int = 0
+
+    def around_us(self, at_us: int) -> tuple[int, int]:
+        """Return the first and the last instant of what they look at."""
+        return at_us - self.before_us, at_us + self.after_us
+
+
+AT_HAND = Reach()  # of labels that tell of the window itself
+
+
+@dataclass(frozen=True)
+class TableMaker:
+    """How a recipe cuts one recording into windows with targets: functions of this package, their settings filled in.
+
+    Both take a recording with the cameras of the preprocessing, that preprocessing, and `assign_split`, and raise a
+    DataError where the recording cannot give what is asked for.
+    """
+
+    choose: Callable[..., ChosenWindows]  # the windows that `cut` makes rows of; nothing is decoded, no teacher asked
+    cut: Callable[..., ShardTables]
+    reach: Reach = AT_HAND
+
+    def __call__(self, recording: Recording, preprocess: Any, *, assign_split: AssignSplit) -> ShardTables:
+        """Decode and cut.
+
+        Args:
+            recording: with the cameras of `preprocess`.
+            preprocess: the recipe's own kind.
+            assign_split: (start_us, end_us) of a window -> its split, or None where it belongs to none.
+
+        Raises:
+            DataError: the recording cannot give what is asked for.
+        """
+        return self.cut(recording, preprocess, assign_split=assign_split)
 
 
 def ego_motion_tables(
@@ -131,14 +156,21 @@ def choose_windows(
 
 
 def split_windows(
-    plan: WindowPlan, recording: Recording, preprocess: Preprocess, assign_split: AssignSplit
+    plan: WindowPlan,
+    recording: Recording,
+    preprocess: Preprocess,
+    assign_split: AssignSplit,
+    reach: Reach = AT_HAND,
 ) -> ChosenWindows:
     """Give each planned window its split; arguments as for `choose_windows`.
+
+    What its labels reach belongs to a window, and so decides its split, too.
 
     Raises:
         DataError: no window is left.
     """
-    splits = [assign_split(window.start_us, window.end_us) for window in plan.windows]
+    spans_us = [(window.start_us, *reach.around_us(window.end_us)) for window in plan.windows]
+    splits = [assign_split(min(start_us, first_us), last_us) for start_us, first_us, last_us in spans_us]
     kept = [(window, split) for window, split in zip(plan.windows, splits, strict=True) if split is not None]
     dropped = Counter(plan.dropped)
     if outside := len(splits) - len(kept):

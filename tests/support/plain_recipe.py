@@ -12,7 +12,7 @@ from omni_cli.formats.video import decoder_id
 from omni_cli.recipe import SplitSettings
 from omni_cli.recipes.vlm.settings import VlmSample
 from omni_cli.samples.tables import EGO_MOTION_COLUMNS
-from omni_cli.samples.windows import ego_motion_tables
+from omni_cli.samples.windows import TableMaker, choose_windows, ego_motion_tables
 from tests.support.drives import preprocess
 
 SAMPLE = VlmSample(cameras="qcamera", window=8, stride=4, rate_hz=10.0, canvas_px=56)
@@ -38,7 +38,8 @@ class Plain(Settings):
         return EGO_MOTION_COLUMNS
 
     def table_maker(self):
-        return partial(ego_motion_tables, stride=self.sample.stride, max_age_us=100_000)
+        how = {"stride": self.sample.stride, "max_age_us": 100_000}
+        return TableMaker(partial(choose_windows, **how), partial(ego_motion_tables, **how))
 
     def notes(self):
         return ()

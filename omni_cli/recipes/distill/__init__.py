@@ -34,7 +34,7 @@ from omni_cli.recipes.distill.sampling import driving_preprocess, questions
 from omni_cli.recipes.distill.settings import DistillSample, DistillSplit, DistillTrain, DistillTune
 from omni_cli.recipes.distill.teaching import labeller, program_files, teacher_notes
 from omni_cli.samples.dataset import WindowDataset
-from omni_cli.samples.driving_windows import StepFilters, driving_tables
+from omni_cli.samples.driving_windows import StepFilters, driving_tables, driving_windows
 from omni_cli.samples.model_steps import ModelFramePreprocess
 from omni_cli.samples.step_labels import MOTION
 from omni_cli.samples.tables import STEP_COLUMNS
@@ -87,7 +87,10 @@ class Distill(Settings):
         sample = self.sample
         filters = StepFilters(sample.require_calibrated, sample.require_fix)
         label = labeller(sample.teacher, sample.teacher_device)
-        return partial(driving_tables, stride=sample.stride, max_age_us=sample.max_age_us, filters=filters, label=label)
+        stride, max_age_us = sample.stride, sample.max_age_us
+        choose = partial(driving_windows, stride=stride, max_age_us=max_age_us)
+        cut = partial(driving_tables, stride=stride, max_age_us=max_age_us, filters=filters, label=label)
+        return TableMaker(choose, cut)
 
     def notes(self) -> tuple[str, ...]:
         """Open the teacher, and say what runs where, and where a split by time leaks.

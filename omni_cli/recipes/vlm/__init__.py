@@ -80,8 +80,8 @@ class Vlm(Settings):
 
     def table_maker(self) -> TableMaker:
         """Return what cuts a recording into windows with their targets."""
-        make_tables = LABELS[self.sample.labels].make_tables
-        return partial(make_tables, stride=self.sample.stride, max_age_us=self.sample.max_age_us)
+        sample = self.sample
+        return LABELS[sample.labels].table_maker(stride=sample.stride, max_age_us=sample.max_age_us)
 
     def notes(self) -> tuple[str, ...]:
         """There is nothing to be told."""

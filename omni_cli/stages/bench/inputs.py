@@ -1,11 +1,12 @@
 """What is measured on: the user's own newest data where they fit, else a small synthetic drive made for the moment."""
 
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from omni_cli import files
 from omni_cli.errors import DataError, UsageError
@@ -13,8 +14,6 @@ from omni_cli.formats.physical_ai_av import CAMERAS
 from omni_cli.report import Console
 from omni_cli.samples.preprocess import Preprocess
 from omni_cli.samples.shards import ShardSet, open_shards
-from omni_cli.samples.tiling import TiledPreprocess
-from omni_cli.samples.waypoints import HORIZON_US, PAST_US
 from omni_cli.scene.clock import MICROSECONDS_PER_SECOND
 from omni_cli.scene.recording import Recording
 from omni_cli.sources import open_source
@@ -22,18 +21,13 @@ from omni_cli.stages import locate, runs
 from omni_cli.stages.bench.texture import TextureSpec, texture_video
 from omni_cli.stages.etl import EtlRequest, etl
 from omni_cli.stages.fitting import check_fit
+from omni_cli.stages.raw_lock import reading
 from omni_cli.world.clip import SyntheticSpec
 from omni_cli.world.dataset import render_clip, write_chunk, write_indices
 
 _SYNTHETIC_FPS = 20
 _WINDOWS_A_CLIP, _WINDOWS_A_TEXTURE = 5, 3
 _RECORDINGS_TRIED = 3
-
-
-def _beyond_s(preprocess: Preprocess) -> float:
-    """Return how much must be known of the motion around a window, beyond its own instants."""
-    looks_far = isinstance(preprocess, TiledPreprocess) and preprocess.labels in ("waypoints", "reasoning")
-    return (HORIZON_US + PAST_US) / MICROSECONDS_PER_SECOND if looks_far else 0.0
 
 
 @dataclass(frozen=True)
@@ -46,7 +40,7 @@ class Found:
 
 
 class Inputs:
-    """Finds or makes what a part needs, when it needs it."""
+    """Finds or makes what a part needs, when it needs it. To be used in a `with` block: it holds the raw data found."""
 
     def __init__(
         self,
@@ -67,6 +61,13 @@ class Inputs:
         self.teacher = teacher  # ONNX files that the user named
         self.texture = texture  # of the video that stands in where the user's are easier to decode
         self._data, self._runs, self._named = data, runs_folder, run
+        self._held = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
 
     @cached_property
     def found(self) -> Found:
@@ -75,6 +76,7 @@ class Inputs:
             source, folder = locate.raw_folder(self._data, None)
         except UsageError:
             return self._synthetic("no raw data")
+        self._held.enter_context(reading(folder))
         reader = open_source(source, folder)
         for ref in islice(reader.recordings(), _RECORDINGS_TRIED):
             try:
@@ -149,9 +151,10 @@ class Inputs:
         return self._written("synthetic", spec)
 
     def _seconds(self, windows: int) -> float:
-        """Return how long a drive must be for so many windows."""
+        """Return how long a drive must be for so many windows, with what their labels reach."""
         instants = self.preprocess.num_frames + (windows - 1) * self.recipe.sample.stride
-        return float(instants / self.preprocess.rate_hz + _beyond_s(self.preprocess))
+        first_us, last_us = self.recipe.table_maker().reach.around_us(0)
+        return float(instants / self.preprocess.rate_hz + (last_us - first_us) / MICROSECONDS_PER_SECOND)
 
     def _written(self, name: str, spec: SyntheticSpec, video: bytes | None = None) -> Found:
         folder, preprocess = self.work / name, self.preprocess

@@ -50,11 +50,13 @@ def bench(recipe: Any, request: BenchRequest, console: Console) -> dict[str, Any
 
     Raises:
         UsageError: an unknown part, or one that needs what is not there.
+        OmniError: another omni is taking the raw data away.
     """
     if request.part is not None and request.part not in PARTS:
         raise UsageError(f"nothing to measure called {request.part!r}; {nearest(request.part, PARTS)}")
-    with TemporaryDirectory(prefix="omni-bench-") as work:
-        inputs = Inputs(
+    with (
+        TemporaryDirectory(prefix="omni-bench-") as work,
+        Inputs(
             recipe,
             request.data,
             request.runs,
@@ -63,7 +65,8 @@ def bench(recipe: Any, request: BenchRequest, console: Console) -> dict[str, Any
             teacher=request.teacher,
             run=request.run,
             texture=request.texture,
-        )
+        ) as inputs,
+    ):
         parts = [_measure(name, inputs, request.repeats) for name in _chosen(request, inputs, console)]
     device, threads = _device(), torch.get_num_threads()
     title = f"{request.profile} on {device}, torch threads {threads}, {request.repeats} repeats"

@@ -11,13 +11,13 @@ import numpy as np
 
 from omni_cli.errors import DataError, OmniError
 from omni_cli.samples.splits import SPLITS, SplitRule
-from omni_cli.samples.sync import time_grid
-from omni_cli.samples.windows import span_us
+from omni_cli.samples.windows import ChosenWindows, span_us
 from omni_cli.scene.clock import MICROSECONDS_PER_SECOND
+from omni_cli.scene.recording import Recording
 from omni_cli.stages.etl.identity import slow_cameras
 from omni_cli.stages.etl.memory import peak_bytes
 from omni_cli.stages.etl.plan import Job, Unit
-from omni_cli.stages.etl.unit import split_by_time
+from omni_cli.stages.etl.unit import assign_split
 
 _OPENED = 3
 _RESERVE_BYTES = 256 << 20
@@ -28,7 +28,7 @@ _GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Estimate:
-    """Scaled up from a few recordings; no window is counted as refused."""
+    """Scaled up from a few recordings, cut as etl cuts them; what a teacher or a damaged video drops is not known."""
 
     recordings: int
     hours: float
@@ -36,6 +36,7 @@ class Estimate:
     stored_bytes: int
     slow_hz: dict[str, float]  # rate of the cameras whose pictures will repeat
     worker_bytes: int  # memory at the peak, of one of them; 0 where no recording could be opened
+    why_none: str = ""  # of the first that gives no window
 
     def facts(self) -> dict[str, Any]:
         """Return the estimate for a report."""
@@ -54,15 +55,22 @@ class _Sample:
     """One recording, opened and not decoded."""
 
     seconds: float
-    instants: int
-    windows: dict[str, int]  # _ANY: all; those of each split where the time decides it
+    instants: int  # that a window looks at
+    windows: Counter[str]  # of each split; _ANY: of all
     slow_hz: dict[str, float]
     worker_bytes: int
+    why_none: str  # it gives no window
 
 
-def estimate(job: Job, units: Sequence[Unit]) -> Estimate:
-    """Estimate what `units` become. Recordings that cannot be opened count as nothing."""
-    chosen = sorted({round(place) for place in np.linspace(0, len(units) - 1, _OPENED)}) if units else []
+def estimate(job: Job, units: Sequence[Unit], most_opened: int = _OPENED) -> Estimate:
+    """Estimate what `units` become. Recordings that cannot be opened count as nothing.
+
+    Args:
+        job: what etl does.
+        units: to be estimated.
+        most_opened: how many of them are opened, evenly over all.
+    """
+    chosen = sorted({round(place) for place in np.linspace(0, len(units) - 1, most_opened)}) if units else []
     opened = [found for place in chosen if (found := _one(job, units[place])) is not None]
     if not opened:
         return Estimate(len(units), 0.0, dict.fromkeys(SPLITS, 0), 0, {}, 0)
@@ -73,7 +81,8 @@ def estimate(job: Job, units: Sequence[Unit]) -> Estimate:
     stored = len(units) * instants * job.preprocess.instant_bytes
     windows: dict[str, int] = {split: _expected(opened, units, split) for split in SPLITS}
     peak = max(found.worker_bytes for found in opened)
-    return Estimate(len(units), len(units) * seconds / 3600, windows, round(stored), slow_hz, peak)
+    why_none = next((found.why_none for found in opened if found.why_none), "")
+    return Estimate(len(units), len(units) * seconds / 3600, windows, round(stored), slow_hz, peak, why_none)
 
 
 def _expected(opened: Sequence[_Sample], units: Sequence[Unit], split: str) -> int:
@@ -141,12 +150,18 @@ def _one(job: Job, unit: Unit) -> _Sample | None:
         peak = peak_bytes(recording, preprocess)
     except (DataError, OSError):
         return None
-    grid_us = time_grid(first_us, last_us, preprocess.rate_hz)
-    starts = np.arange(0, len(grid_us) - preprocess.num_frames + 1, int(job.settings["sample"]["stride"]))
-    splits = Counter[str | None]({_ANY: len(starts)})
-    if unit.split == "by time":
-        assign = split_by_time(job, recording)
-        splits += Counter(assign(int(grid_us[k]), int(grid_us[k + preprocess.num_frames - 1])) for k in starts)
-    windows = {split: splits[split] for split in (_ANY, *SPLITS)}
+    chosen, why_none = _chosen(job, unit, recording)
+    windows = Counter(chosen.splits) | Counter({_ANY: len(chosen.splits)})
+    instants = {int(instant) for window in chosen.windows for instant in window.instants_us}
     seconds = max(last_us - first_us, 0) / MICROSECONDS_PER_SECOND
-    return _Sample(seconds, len(grid_us), windows, slow_cameras(recording, preprocess), peak)
+    return _Sample(seconds, len(instants), windows, slow_cameras(recording, preprocess), peak, why_none)
+
+
+def _chosen(job: Job, unit: Unit, recording: Recording) -> tuple[ChosenWindows, str]:
+    """Return the windows of a recording as etl chooses them, and why there are none where it would refuse it."""
+    try:
+        chosen = job.make_tables.choose(recording, job.preprocess, assign_split=assign_split(job, unit, recording))
+    except DataError as error:
+        return ChosenWindows((), (), {}), str(error)
+    dropped = ", ".join(f"{count} because {reason}" for reason, count in sorted(chosen.dropped.items()))
+    return chosen, "" if chosen.windows else f"{recording.id}: dropped: {dropped}"

@@ -1,5 +1,7 @@
 """What a user asks `omni etl` for, and what that means on this disk."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from omni_cli.sources import open_source
 from omni_cli.stages.etl.engines import Engine
 from omni_cli.stages.etl.plan import Job, Plan, make_job, make_plan
 from omni_cli.stages.locate import raw_folder
+from omni_cli.stages.raw_lock import reading
 
 
 @dataclass(frozen=True)
@@ -31,21 +34,26 @@ class EtlRequest:
     profile: str = ""  # named in the plan
 
 
-def prepare(recipe: Sampled, preprocess: Preprocess, request: EtlRequest) -> tuple[Job, Plan]:
+@contextmanager
+def prepared(recipe: Sampled, preprocess: Preprocess, request: EtlRequest) -> Iterator[tuple[Job, Plan]]:
     """Find the raw data, plan the units and choose the shard folder; touches nothing.
+
+    Inside the block nobody takes the raw data away.
 
     Raises:
         UsageError: there is no raw data, or the split file is wrong.
         DataError: the raw data hold no recording.
+        OmniError: another omni is taking them away.
     """
     if request.engine == "ray":  # a worker may stand in another folder
         request = replace(request, data=request.data.absolute(), out=request.out and request.out.absolute())
     source, raw = raw_folder(request.data, request.source)
-    reader = open_source(source, raw)
-    plan = make_plan(reader, raw, recipe.split, request.split_file)
-    job = make_job(recipe, preprocess, source, reader, raw)
-    folder = request.out or request.data / "shards" / (request.name or _default_name(job, plan))
-    return replace(job, out=folder), plan
+    with reading(raw):
+        reader = open_source(source, raw.absolute())  # its errors name files by whole paths
+        plan = make_plan(reader, raw, recipe.split, request.split_file)
+        job = make_job(recipe, preprocess, source, reader, raw)
+        folder = request.out or request.data / "shards" / (request.name or _default_name(job, plan))
+        yield replace(job, out=folder), plan
 
 
 def _default_name(job: Job, plan: Plan) -> str:

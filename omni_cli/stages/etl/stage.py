@@ -15,9 +15,10 @@ from omni_cli.stages.etl.dry_run import dry_run
 from omni_cli.stages.etl.engines import UnitOutcome, run_units
 from omni_cli.stages.etl.estimate import check_space, estimate, room_line, slow_line, too_few
 from omni_cli.stages.etl.finalize import current_manifest, finalize, is_done, missing_units
+from omni_cli.stages.etl.nothing import clear_away
 from omni_cli.stages.etl.plan import Job, Plan, Unit
 from omni_cli.stages.etl.refusals import crash_reason, forgive, refusal, refuse
-from omni_cli.stages.etl.request import EtlRequest, prepare
+from omni_cli.stages.etl.request import EtlRequest, prepared
 from omni_cli.stages.etl.sidecar import ensure_sidecar
 from omni_cli.stages.etl.unit import UnitResult
 from omni_cli.stages.licences import register_shards
@@ -39,8 +40,8 @@ def etl(recipe: Any, request: EtlRequest, console: Console) -> dict[str, Any]:
 
     Raises:
         UsageError: there is no raw data, the rate cannot be, or the folder holds shards of other settings.
-        DataError: too many recordings are refused, or none is left.
-        OmniError: the disk is too small, or failed.
+        DataError: too many recordings are refused, or none is left; where no window is, no folder is left either.
+        OmniError: the disk is too small, or failed, or another omni is taking the raw data away.
         Preempted: SIGTERM came; what is finished stays.
     """
     with preemptible(_PREEMPTED):
@@ -54,14 +55,25 @@ def _etl(recipe: Any, request: EtlRequest, console: Console) -> dict[str, Any]:
         return dry_run(sampled, request, console)
     for note in sampled.notes():
         console.say(note)
-    job, plan = prepare(sampled, sampled.preprocess(), request)
-    console.say(f"{job.source} in {job.raw}: {len(plan.units)} recordings -> {job.out}")
-    _check_settings(job)
+    with prepared(sampled, sampled.preprocess(), request) as (job, plan):
+        console.say(f"{job.source} in {job.raw}: {len(plan.units)} recordings -> {job.out}")
+        _check_settings(job)
+        try:
+            return _make(job, plan, recipe, request, console)
+        except DataError as error:
+            # shares know of each other by what lies there
+            if request.shard is None and clear_away(job, plan):
+                raise DataError(f"{error}; nothing is left in {job.out}") from None
+            raise
+
+
+def _make(job: Job, plan: Plan, recipe: Any, request: EtlRequest, console: Console) -> dict[str, Any]:
     units = plan.share(request.shard)
     left = [unit for unit in units if not is_done(job, unit)]
     check_space(job.out, estimate(job, left).stored_bytes, len(left))
     register_shards(request.data, job.source, job.raw, job.out)
     counts = _run_units(job, units, request, console)
+    _check_alone(job, units)
     _check_refused(job, units, request.max_refused)
     if waiting := missing_units(job, plan):
         console.say(f"{len(waiting)} recordings are left to the other shares; the last one to end writes the manifest")
@@ -131,6 +143,15 @@ def _result(job: Job, outcome: UnitOutcome) -> UnitResult:
     if outcome.result is not None:
         return outcome.result
     return UnitResult("refused", refuse(job, outcome.item, crash_reason(str(outcome.error))))
+
+
+def _check_alone(job: Job, units: tuple[Unit, ...]) -> None:
+    """Refuse to go on where what was made or refused here is gone: two etls that differ would never end."""
+    if gone := [unit for unit in units if not is_done(job, unit) and refusal(job, unit) is None]:
+        raise OmniError(
+            f"{job.out}: another omni etl, of other settings or of another version, made {len(gone)} of these "
+            f"{len(units)} recordings anew; end one of the two, give each its own --out, and run the same command again"
+        )
 
 
 def _check_refused(job: Job, units: tuple[Unit, ...], max_refused: float) -> None:
