@@ -6,6 +6,7 @@ import shutil
 import tempfile
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -15,14 +16,17 @@ from omni_cli.formats.video import decode, probe
 from omni_cli.report import Console
 from omni_cli.samples.dataset import ALL, WindowDataset
 from omni_cli.samples.shards import open_shards
+from omni_cli.scene.recording import CameraStream, Recording, VideoLocation
 from omni_cli.stages.bench import PARTS, BenchRequest, bench
 from omni_cli.stages.bench.latency import ROUNDS
 from omni_cli.stages.bench.steps import Cycled
+from omni_cli.stages.bench.subject import Subject
 from omni_cli.stages.bench.texture import TextureSpec, texture_video
 from omni_cli.stages.bench.timing import Line, Timing, measure
 from omni_cli.stages.etl import ensure_sidecar
 from omni_cli.stages.export import ExportRequest, export
 from omni_cli.stages.runs import finished_runs
+from tests.support.drives import preprocess, write_video
 from tests.support.pipeline import QUIET, make_run, tiny_recipe, write_synthetic
 
 
@@ -138,6 +142,19 @@ def test_etl_is_measured_whole_beside_a_bare_decoder_and_other_ways(made):
     assert amounts["MB"] == pytest.approx(entry.frames_file.size / 1e6)
     assert amounts["s of driving"] == pytest.approx(2.3, abs=0.2)
     assert amounts["camera-frames"] >= amounts["pictures"]
+
+
+def test_the_bare_decoder_decodes_no_more_than_etl_does(tmp_path):
+    """Of a camera whose every picture is a file, as in DGP scenes, those alone that a window looks at."""
+    for number in range(12):
+        write_video(tmp_path / f"{number}.mp4", 0, 4 if number == 11 else 1)
+    videos = tuple(VideoLocation(tmp_path / f"{n}.mp4", num_frames=4 if n == 11 else 1) for n in range(12))
+    stream = CameraStream("road", videos, np.arange(15) * 100_000)
+    seen_us = [[200_000, 600_000], [600_000, 1_200_000]]
+    windows = pa.table({"timestamps_us": pa.array(seen_us, pa.list_(pa.int64()))})
+    layout = preprocess(cameras=("road",), columns=1)
+    subject = Subject(Recording("drive", "test", {"road": stream}), None, layout, None, tmp_path, windows, 3)
+    assert subject.decode_alone() == 4  # one each of two files, two of the last
 
 
 def test_videos_that_are_easy_to_decode_are_joined_by_a_texture(made, capsys):

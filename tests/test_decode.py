@@ -6,6 +6,7 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -89,6 +90,65 @@ def test_a_video_that_is_cut_off_is_refused_before_it_is_decoded(tmp_path):
     path.write_bytes(clip(2)[:-200])
     with pytest.raises(DataError, match="clip: not a readable video"):
         camera_frames("clip", CameraStream("road", (VideoLocation(path),), np.arange(20)))
+
+
+def noise_clip(path: Path, *, damaged: int | None = None) -> Path:
+    """A video of moving noise in one group of pictures; half of a frame's slice may be zeros."""
+    rng, stream = np.random.default_rng(0), io.BytesIO()
+    noise = rng.integers(0, 255, (64, 160, 3), dtype=np.uint8).repeat(2, axis=1)
+    encode_h264(stream, (noise[:, k : k + 96] for k in range(20)), rate_hz=Fraction(FPS), gop=20)
+    content = bytearray(stream.getvalue())
+    with av.open(io.BytesIO(content)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    if damaged is not None:
+        begin, size = packets[damaged].pos, packets[damaged].size
+        content[begin + size // 2 : begin + size] = bytes(size - size // 2)
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.fault("F15")
+def test_damage_to_a_frame_that_nobody_wants_is_told_where_a_wanted_one_is_made_of_it(tmp_path):
+    whole, hurt = noise_clip(tmp_path / "whole.mp4"), noise_clip(tmp_path / "hurt.mp4", damaged=4)
+    marked, shown = [], []
+    for path in (whole, hurt):
+        with av.open(path) as container:
+            frames = list(container.decode(video=0))
+        marked.append([number for number, frame in enumerate(frames) if frame.is_corrupt])
+        shown.append(frames[9].to_ndarray(format="rgb24").astype(int))
+    assert marked == [[], [4]]  # the decoder marks that frame alone
+    assert np.abs(shown[1] - shown[0]).mean() > 1  # and this is what comes of it
+    assert [index for index, _ in decode(whole.read_bytes(), "clip", [9], **SIZE)] == [9]
+    with pytest.raises(DataError, match="clip: frame 4 is damaged; fetch the file again"):
+        list(decode(hurt.read_bytes(), "clip", [9], **SIZE))
+    assert [index for index, _ in decode(hurt.read_bytes(), "clip", [3], **SIZE)] == [3]  # before it nothing is wrong
+
+
+@pytest.mark.fault("F18")
+def test_frames_that_share_a_time_are_told_apart_by_nobody(tmp_path):
+    copy = io.BytesIO()
+    with av.open(noise_clip(tmp_path / "clip.mp4")) as source, av.open(copy, "w", format="matroska") as target:
+        stream = source.streams.video[0]
+        track = target.add_stream_from_template(stream)
+        for number, packet in enumerate(packet for packet in source.demux(stream) if packet.size):
+            packet.pts = packet.dts = (number - (number > 5)) * round(1 / FPS / stream.time_base)
+            packet.stream = track
+            target.mux(packet)
+    assert probe(copy.getvalue(), "clip").num_frames == 20
+    for wanted in ([5], [6], [10]):
+        with pytest.raises(DataError, match="clip: two frames have the same time; remux the file"):
+            list(decode(copy.getvalue(), "clip", wanted, **SIZE))
+
+
+def test_a_later_video_of_another_size_is_refused(tmp_path):
+    for number, width_px in enumerate((96, 128)):
+        (tmp_path / f"{number}.mp4").write_bytes(clip(1, width_px))
+    videos = tuple(VideoLocation(tmp_path / f"{number}.mp4", num_frames=10) for number in range(2))
+    camera = camera_frames("road", CameraStream("road", videos, np.arange(20)))
+    assert len(list(camera.decode([3, 9], **SIZE, decoder="pyav"))) == 2
+    for decoded in (camera.decode([3, 12], **SIZE, decoder="pyav"), camera.decode_yuv([12])):
+        with pytest.raises(DataError, match=r"1\.mp4: is 128x64 px where the camera's first video is 96x64; fetch"):
+            list(decoded)
 
 
 # -- in what order pictures lie

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -115,6 +116,27 @@ def test_a_scene_is_its_images_at_their_true_times_and_the_motion_of_its_poses(t
     assert source.open(ref.id, CAMERAS[:1]).ego.position_m.tolist() == recording.ego.position_m.tolist()
     with pytest.raises(UsageError, match="no camera 'CAMERA_77' in DGP scenes; known: CAMERA_01"):
         source.open(ref.id, ("CAMERA_77",))
+
+
+def test_times_without_a_zone_are_utc_and_those_of_a_lidar_are_not_read(tmp_path, monkeypatch):
+    scene = write_scene(tmp_path, tenths=False)
+    path = scene / f"scene_{HASH}.json"
+    expected = open_source("dgp", tmp_path).open("000150").cameras[CAMERAS[0]].timestamp_us
+
+    def edit(content):
+        for datum in content["data"]:
+            datum["id"]["timestamp"] = datum["id"]["timestamp"].removesuffix("Z")
+        content["data"][-1]["id"]["timestamp"] = "never"
+
+    change(path, edit)
+    monkeypatch.setenv("TZ", "America/Los_Angeles")
+    time.tzset()
+    try:
+        found = open_source("dgp", tmp_path).open("000150").cameras[CAMERAS[0]].timestamp_us
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert np.array_equal(found, expected)
 
 
 def image_of(scene, number=0):

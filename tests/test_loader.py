@@ -1,8 +1,8 @@
 """The loader: pictures where they belong whatever lies beside them, uint8 all the way, and no damaged byte unseen."""
 
+import os
+import re
 import resource
-import subprocess
-import sys
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -15,20 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from omni_cli.errors import DataError
+from omni_cli.files import commit
 from omni_cli.recipe import BuiltModel
+from omni_cli.samples import stored
 from omni_cli.samples.dataset import ALL, WindowDataset
-from omni_cli.samples.shards import (
-    Manifest,
-    RecordingEntry,
-    SkewStats,
-    frames_path,
-    listed_file,
-    open_shards,
-    windows_path,
-    write_manifest,
-    write_recording,
-)
-from omni_cli.samples.stored import is_cached
+from omni_cli.samples.mapped import is_cached
+from omni_cli.samples.shards import frames_path, open_shards, tokens_path, windows_path, write_stream
 from omni_cli.samples.tables import FRAME_ROWS_PER_BATCH, FRAMES, Frames, ShardTables, windows_schema
 from omni_cli.stages.bench.loader import chosen_records, forget
 from omni_cli.stages.etl import EtlRequest, ensure_sidecar, etl
@@ -36,6 +28,7 @@ from omni_cli.stages.train import make_trainer
 from tests.support.drives import preprocess
 from tests.support.driving import tiny_student, write_drives
 from tests.support.pipeline import QUIET, tiny_recipe, write_synthetic
+from tests.support.shard_sets import write_shard_set
 
 SIZES_PX = ((36, 18), (35, 20), (30, 20), (37, 11), (1, 1), (37, 21), (36, 20))  # of seven cameras, none alike
 LAYOUT = preprocess(
@@ -47,7 +40,7 @@ STORED = 40  # pictures a camera: more than a batch of the file
 def noise_set(folder, seed, names=("a",), windows=6):
     """Shards of noise: windows whose instants skip pictures, and show some twice."""
     rng = np.random.default_rng(seed)
-    entries, rows = [], {}
+    tables, rows = {}, {}
     for name in names:
         pictures = [[rng.bytes(width * height * 3) for _ in range(STORED)] for width, height in SIZES_PX]
         frames = pa.table(
@@ -65,16 +58,9 @@ def noise_set(folder, seed, names=("a",), windows=6):
         flat = [(window + np.arange(7) * STORED).ravel() for window in shown]
         columns = [range(windows), range(windows), range(windows), ["train"] * windows, flat, flat, [0] * windows]
         table = pa.table([*map(list, columns), [0] * windows], schema=windows_schema(()))
-        write_recording(folder, name, ShardTables(Frames(len(frames), partial(batches, frames)), table), "key")
-        files = {"frames_file": frames_path(folder, name), "windows_file": windows_path(folder, name)}
-        listed = {key: listed_file(path) for key, path in files.items()}
-        counts = {"windows": {"train": windows}, "num_frames": 7 * STORED, "dropped": {}, "max_skew_us": 0}
-        entries.append(RecordingEntry(id=name, group="", **counts, **listed))
+        tables[name] = ShardTables(Frames(len(frames), partial(batches, frames)), table)
         rows[name] = [expected(pictures, window) for window in shown]
-    values = {"recipe": "vlm", "settings": {}, "source": "test", "split_rule": "time"}
-    skew = SkewStats(median_us=0, max_us=0)
-    write_manifest(folder, Manifest(**values, skew=skew, preprocess=LAYOUT, recordings=tuple(entries)))
-    return folder, rows
+    return write_shard_set(folder, tables, LAYOUT), rows
 
 
 def batches(frames):
@@ -93,8 +79,11 @@ def expected(pictures, window):
     return canvases
 
 
+@pytest.mark.parametrize("small_bytes", [0, stored._SMALL_BYTES], ids=["gap by gap", "as a whole"])
 @pytest.mark.parametrize("seed", range(4))
-def test_pictures_lie_where_they_belong_and_all_else_is_black(tmp_path, seed):
+def test_pictures_lie_where_they_belong_and_all_else_is_black(tmp_path, monkeypatch, seed, small_bytes):
+    monkeypatch.setattr(stored, "_SMALL_BYTES", small_bytes)
+    stored._layout.cache_clear()
     folder, rows = noise_set(tmp_path, seed)
     dataset = WindowDataset(open_shards(folder), ALL)
     dirty = [np.full(LAYOUT.window_shape, 255, np.uint8) for _ in range(4)]  # memory that windows are then made in
@@ -103,8 +92,8 @@ def test_pictures_lie_where_they_belong_and_all_else_is_black(tmp_path, seed):
         assert torch.equal(dataset.pictures(index), torch.from_numpy(canvases))
         path, pieces = dataset.pieces(index)
         content = path.read_bytes()
-        stored = sum(piece.stop - piece.start for piece in pieces)
-        assert stored == LAYOUT.num_frames * sum(width * height * 3 for width, height in SIZES_PX)
+        num_bytes = sum(piece.stop - piece.start for piece in pieces)
+        assert num_bytes == LAYOUT.num_frames * sum(width * height * 3 for width, height in SIZES_PX)
         first = np.frombuffer(content[pieces[0].start : pieces[0].start + 36 * 3], np.uint8)
         assert np.array_equal(canvases[0, 5, :36].ravel(), first)
 
@@ -144,6 +133,52 @@ def test_with_verify_every_flipped_bit_is_refused(tmp_path):
         path.write_bytes(content)
     dataset = WindowDataset(shards, ALL, verify=True)
     assert torch.equal(dataset[0]["pictures"], WindowDataset(shards, ALL)[0]["pictures"])
+
+
+READS = {
+    "pictures": lambda dataset: dataset.pictures(1),
+    "row": lambda dataset: dataset.row(1),
+}
+
+
+def cut_after_opening(folder, read):
+    dataset = WindowDataset(open_shards(folder), ALL, "key")
+    dataset[0]
+    for path in (frames_path(folder, "a"), tokens_path(folder, "a", "key")):
+        os.truncate(path, 4096)
+    read(dataset)
+
+
+def in_a_fork(act, told):
+    """Run `act` in a process that may die of it; return how it ended, and write what it raised."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            act()
+        except BaseException as error:  # what came out of here would run the rest of the tests once more
+            told.write_text(f"{type(error).__name__}: {error}")
+            os._exit(3)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.fault("F5")
+@pytest.mark.parametrize("read", READS)
+def test_a_file_that_is_cut_while_it_is_open_is_an_error_and_no_end(tmp_path, read):
+    folder, _ = noise_set(tmp_path / "set", 0)
+    rows = [{"input_ids": [1] * 3000, "labels": [1] * 3000, "position_ids": [1] * 12_000} for _ in range(6)]
+    commit(tokens_path(folder, "a", "key"), lambda stream: write_stream(pa.Table.from_pylist(rows), stream, 1024))
+    told = tmp_path / "told"
+    assert in_a_fork(partial(cut_after_opening, folder, READS[read]), told) == 3
+    assert re.fullmatch(r"DataError: \S+\.arrow: was cut since it was opened; omni audit .*", told.read_text())
+
+
+def test_shards_made_anew_under_a_dataset_change_nothing_for_it(tmp_path):
+    folder, windows = noise_set(tmp_path / "set", 0)
+    dataset = WindowDataset(open_shards(folder), ALL)
+    dataset.row(0)
+    noise_set(tmp_path / "set", 1)
+    assert torch.equal(dataset.pictures(2), torch.from_numpy(windows["a"][2]))
 
 
 @pytest.mark.fault("F22")
@@ -245,37 +280,3 @@ def test_the_workers_of_training_come_from_a_forkserver_and_read_the_same_batche
     batch = next(iter(loader))
     pictures = [dataset.pictures(index) for index in range(len(dataset))]
     assert all(any(torch.equal(one, picture) for picture in pictures) for one in batch["pictures"])
-
-
-OFFLINE = """
-import sys
-def refuse(event, args):
-    named = event in ("socket.getaddrinfo", "socket.gethostbyname")
-    made = event == "socket.__new__" and args[1] not in (-1, 1)  # AF_UNIX is how a process talks to its own
-    if named or made or (event == "socket.connect" and args[0].family != 1):
-        print("SOCKET", event, args, file=sys.stderr, flush=True)
-        import os; os._exit(97)
-sys.addaudithook(refuse)
-from pathlib import Path
-from omni_cli.stages.etl import EtlRequest, etl
-from omni_cli.stages.evaluate import EvalRequest, evaluate
-from omni_cli.stages.runs import open_finished
-from omni_cli.stages.train import TrainRequest, train
-from tests.support.driving import tiny_student
-from tests.support.pipeline import QUIET
-data, out = Path(sys.argv[1]), Path(sys.argv[2])
-recipe = tiny_student(train={"max_steps": 1})
-shards = Path(etl(recipe, EtlRequest(data=data, out=out / "shards", workers=1), QUIET)["shards"])
-run = train(recipe, TrainRequest(shards, data, out / "runs", "r", "test"), QUIET)["run"]
-print(evaluate(recipe, open_finished(Path(run)), EvalRequest(blind=False), QUIET)["windows"])
-"""
-
-
-@pytest.mark.fault("F31")
-def test_etl_training_and_evaluation_open_no_socket(tmp_path):
-    write_drives(tmp_path / "data")
-    command = [sys.executable, "-c", OFFLINE, str(tmp_path / "data"), str(tmp_path)]
-    can_unshare = subprocess.run(["unshare", "-rn", "true"], capture_output=True, check=False).returncode == 0
-    command = ["unshare", "-rn", *command] if can_unshare else command
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, int(done.stdout or 0) > 0) == (0, True), done.stderr

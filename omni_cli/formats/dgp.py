@@ -166,7 +166,8 @@ def microseconds(timestamp: str) -> int:
     """
     try:
         told = datetime.datetime.fromisoformat(timestamp)
-        found_us = (told.astimezone(datetime.UTC) - _EPOCH) // datetime.timedelta(microseconds=1)
+        told = told if told.tzinfo else told.replace(tzinfo=datetime.UTC)  # not the zone of this machine
+        found_us = (told - _EPOCH) // datetime.timedelta(microseconds=1)
         true_us = (found_us + 5) // 10 if is_tenfold(timestamp) else found_us
         year = (_EPOCH + datetime.timedelta(microseconds=true_us)).year
     except (ValueError, OverflowError):

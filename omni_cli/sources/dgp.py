@@ -109,7 +109,7 @@ class _Scene:
             pictures.sort(key=lambda picture: picture.time_us)
         if not images:
             raise DataError(f"{name}: lists no image; {_AGAIN}")
-        is_tenfold = any(layout.is_tenfold(datum.id.timestamp) for datum in scene.data)
+        is_tenfold = any(layout.is_tenfold(one.id.timestamp) for one in scene.data if one.datum.image is not None)
         times = "stated tenfold, divided by ten" if is_tenfold else "as stated"
         return cls(name, path.parent, images, _calibration(name, path.parent, scene), times)
 

@@ -4,13 +4,13 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 from PIL import Image
 
 from omni_cli.errors import DataError
 from omni_cli.formats.video_check import THUMB_HEIGHT_PX, THUMB_WIDTH_PX
 from omni_cli.samples.shards import RecordingEntry, ShardSet
 from omni_cli.samples.splits import check_no_leak
+from omni_cli.samples.stored import StoredRecording
 from omni_cli.stages.audit.duplicates import duplicate_pairs
 from omni_cli.stages.checks.findings import Finding, refuse, warn
 from omni_cli.stages.checks.pictures import HASHED_AT, picture_hashes
@@ -58,16 +58,11 @@ def _are_apart(one: RecordingEntry, other: RecordingEntry) -> bool:
 
 def _hashes(shards: ShardSet, entry: RecordingEntry) -> tuple[int, ...]:
     """Hash pictures of the first view at fixed shares of a recording."""
-    frames = shards.frames(entry.id)
-    of_view = np.flatnonzero(np.array(frames["camera"].to_pylist()) == frames["camera"][0].as_py())
-    rows = [int(of_view[int(share * len(of_view))]) for share in HASHED_AT]
-    return picture_hashes(np.stack([_thumb(shards, frames, row) for row in rows]))
+    stored = StoredRecording(shards, entry, None, None, verify=False)
+    return picture_hashes(np.stack([_thumb(picture) for picture in stored.first_view(HASHED_AT)]))
 
 
-def _thumb(shards: ShardSet, frames: pa.Table, row: int) -> npt.NDArray[np.uint8]:
-    size = frames["width_px"][row].as_py(), frames["height_px"][row].as_py()
-    shape = shards.manifest.preprocess.picture_shape(*size)
-    picture = np.frombuffer(frames["pixels"][row].as_buffer(), dtype=np.uint8).reshape(shape)
-    luma = picture.mean(axis=2 if shape[-1] == 3 else 0)  # RGB, or the six planes of a driving model's YUV
+def _thumb(picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    luma = picture.mean(axis=2 if picture.shape[-1] == 3 else 0)  # RGB, or the six planes of a driving model's YUV
     small = Image.fromarray(luma.astype(np.uint8)).resize((THUMB_WIDTH_PX, THUMB_HEIGHT_PX), Image.Resampling.BOX)
     return np.asarray(small)

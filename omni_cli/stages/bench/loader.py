@@ -13,7 +13,7 @@ from omni_cli.errors import DataError
 from omni_cli.recipe import Batch
 from omni_cli.report import Console
 from omni_cli.samples.dataset import ALL, WindowDataset
-from omni_cli.samples.stored import is_cached
+from omni_cli.samples.mapped import is_cached
 from omni_cli.stages.bench.inputs import Inputs
 from omni_cli.stages.bench.timing import Line, Part, Timing, measure
 from omni_cli.stages.etl import ensure_sidecar

@@ -12,6 +12,7 @@ from omni_cli.stages.bench.subject import Subject
 from omni_cli.stages.bench.timing import Line, Part, Timing, measure
 
 WHOLE, DECODE = "a recording", "decode alone"
+_THREADS = "one thread that decodes, scales and writes, and one that hashes"
 _OPEN, _PICTURES = "open it, read its log", "decode and scale, nothing written"
 
 
@@ -66,7 +67,7 @@ def _measured(subject: Subject, where: str, repeats: int) -> Part:
     amounts = _amounts(subject, frames)
     lines = tuple(Line(name, timings[name], amounts.get(name, {}), {"cpu_s": cpu_s[name]}) for name in timed)
     cameras = len(subject.preprocess.cameras)
-    on = f"{where}, {cameras} cameras, {subject.video}, {frames} frames of them, one process, one thread"
+    on = f"{where}, {cameras} cameras, {subject.video}, {frames} frames of them, one process, {_THREADS}"
     return Part("etl", on, lines, _shares(timings, cpu_s))
 
 

@@ -121,16 +121,20 @@ class Subject:
         return [self.recording.cameras[name] for name in self.preprocess.cameras]
 
     def _videos(self) -> list[tuple[str, VideoLocation, int]]:
-        """Return (camera, video, how many of its frames must be decoded): nothing after the last window is."""
-        last_us = max(max(times_us) for times_us in self.windows["timestamps_us"].to_pylist())
+        """Return (camera, video, how many of its frames must be decoded): as many as etl decodes.
+
+        A video that no window looks at is not decoded at all, and of the others nothing after the last such frame.
+        """
+        seen_us = np.unique(self.windows["timestamps_us"].combine_chunks().flatten().to_numpy())
         found = []
         for stream in self._streams():
-            left = int(np.searchsorted(stream.timestamp_us, last_us, side="right"))
+            wanted, first = np.flatnonzero(np.isin(stream.timestamp_us, seen_us)), 0
             for video in stream.videos:
-                count = left if video.num_frames is None else min(left, video.num_frames)
-                found.append((stream.name, video, count))
-                left -= count
-        return [part for part in found if part[2]]
+                end = first + (len(stream.timestamp_us) if video.num_frames is None else video.num_frames)
+                if (last := int(np.searchsorted(wanted, end)) - 1) >= 0 and wanted[last] >= first:
+                    found.append((stream.name, video, int(wanted[last]) + 1 - first))
+                first = end
+        return found
 
     def _as_prototypes(self) -> None:
         assert isinstance(self.preprocess, TiledPreprocess)
