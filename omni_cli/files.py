@@ -15,6 +15,7 @@ import secrets
 import socket
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -140,9 +141,11 @@ def commit(path: Path, write: Callable[[BinaryIO], None], **facts: Any) -> dict[
 
 
 def commit_stream(path: Path, write: Callable[[BinaryIO], None], **facts: Any) -> dict[str, Any]:
-    """Do the same for a writer that only appends: its bytes are hashed on their way, and not read again."""
-    with atomic_write(path) as stream:
-        hashed = _Hashed(stream)
+    """Do the same for a writer that only appends: its bytes are hashed on their way, and not read again.
+
+    The writer may not change a block after it gave it away: that is hashed in a thread while the next one is made.
+    """
+    with atomic_write(path) as stream, _Hashed(stream) as hashed:
         write(hashed)  # type: ignore[arg-type]  # it can be written to, and no more
     receipt = {**facts, "size": hashed.size, "sha256": hashed.hash.hexdigest()}
     put_receipt(path, receipt)
@@ -150,12 +153,17 @@ def commit_stream(path: Path, write: Callable[[BinaryIO], None], **facts: Any) -
 
 
 class _Hashed(io.RawIOBase):
-    """A stream that hashes what passes through it."""
+    """A stream that hashes what passes through it: a large block in a thread, and what follows it meanwhile too.
+
+    No more than one large block waits there, so that the writer is never far ahead.
+    """
 
     def __init__(self, stream: BinaryIO) -> None:
         super().__init__()
         self.hash, self.size = hashlib.sha256(), 0
         self._stream = stream
+        self._thread = ThreadPoolExecutor(1)
+        self._behind: Future[None] | None = None  # the last block of those in the thread
 
     def writable(self) -> bool:
         return True
@@ -163,9 +171,21 @@ class _Hashed(io.RawIOBase):
     def write(self, data: Any, /) -> int:
         view = memoryview(data).cast("B")
         self._stream.write(view)
-        self.hash.update(view)
+        is_large = len(view) >= _CHUNK_BYTES
+        if is_large and self._behind is not None:
+            self._behind.result()
+        if is_large or (self._behind is not None and not self._behind.done()):
+            self._behind = self._thread.submit(self.hash.update, view)
+        else:
+            self.hash.update(view)
         self.size += len(view)
         return len(view)
+
+    def close(self) -> None:
+        self._thread.shutdown()  # when all is hashed
+        if self._behind is not None:
+            self._behind.result()
+        super().close()
 
 
 def commit_json(path: Path, value: Any) -> None:

@@ -1,9 +1,11 @@
 """Nothing half-written is ever taken for done."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -14,9 +16,11 @@ from omni_cli.files import (
     atomic_write,
     canonical_json,
     commit,
+    commit_stream,
     exclusive,
     receipt_path,
     remove_leftovers,
+    sha256_of,
     verified_receipt,
     write_bytes,
 )
@@ -135,6 +139,26 @@ with exclusive(Path(sys.argv[1]), "holding"):
     print("held", flush=True)
     time.sleep(600)
 """
+
+
+def test_what_is_hashed_beside_its_writer_is_the_file_block_after_block(tmp_path):
+    rng, path = random.Random(0), tmp_path / "a"
+    blocks = [rng.randbytes(size) for size in (7, 3 << 20, 1, 64, 1 << 20, 5 << 20, 2 << 20, 9, 0, 4 << 20, 3)]
+    receipt = commit_stream(path, lambda stream: [stream.write(block) for block in blocks], told=1)
+    assert path.read_bytes() == b"".join(blocks)
+    assert (receipt["told"], receipt["size"], receipt["sha256"]) == (1, path.stat().st_size, sha256_of(path))
+    assert verified_receipt(path) == receipt
+
+
+def test_a_writer_that_fails_leaves_neither_a_file_nor_a_thread(tmp_path):
+    def write(stream):
+        stream.write(bytes(3 << 20))
+        raise ValueError("no more")
+
+    before = threading.active_count()
+    with pytest.raises(ValueError, match="no more"):
+        commit_stream(tmp_path / "a", write)
+    assert (list(tmp_path.iterdir()), threading.active_count()) == ([], before)
 
 
 def test_canonical_json_is_one_spelling():
