@@ -1,6 +1,9 @@
 """A merged model is the adapted one, to the last logit that arithmetic allows; or it is not published."""
 
+import itertools
 import json
+import signal
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +18,8 @@ from omni_cli.samples.shards import open_shards
 from omni_cli.stages import models, runs
 from omni_cli.stages.evaluate import EvalRequest, evaluate
 from omni_cli.stages.merge import MergeRequest, Parity, check_parity, merge, probe
+from tests.support.folders import tree
+from tests.support.injection import needs_strace, run_traced
 from tests.support.pipeline import QUIET, Made, make_run, tiny_recipe, write_synthetic
 
 ADAPTERS = {"qwen2_5_vl": "lora", "qwen3_vl": "dora"}
@@ -123,6 +128,29 @@ def test_a_second_merge_does_nothing_and_a_damaged_one_is_made_again(made, merge
     merge(made.recipe, made.run, MergeRequest(), QUIET)
     assert runs.verified_folder(folder)
     assert not list(folder.parent.glob(".merged*"))
+
+
+@needs_strace
+@pytest.mark.storm
+@pytest.mark.fault("F1", "F30")
+def test_killed_wherever_it_names_something_a_merge_is_made_again_the_same(on_a_folder, tmp_path):
+    """Over an older model, which it takes away: what has no receipt is no model."""
+    _, made = on_a_folder
+    out = tmp_path / "model"
+    again = partial(merge, made.recipe, made.run, MergeRequest(out), QUIET)
+    again()
+    whole = tree(out)
+    for place in itertools.count(1):
+        receipt_path(out).unlink()
+        code = run_traced(again, f"inject=rename,unlink:signal=SIGKILL:when={place}")
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        assert not runs.verified_folder(out)
+        again()
+        assert tree(out) == whole
+    assert place > 4
+    assert sorted(path.name for path in tmp_path.glob("*model*")) == ["model", receipt_path(out).name]
 
 
 def test_the_merged_model_gives_the_answers_of_the_run(made, merged):

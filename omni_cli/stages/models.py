@@ -104,6 +104,7 @@ def publish_folder(folder: Path, doing: str) -> Iterator[Path]:
         raise UsageError(f"{folder}: is there and omni did not make it; choose another folder with --out")
     work = folder.with_name(f".{folder.name}.partial")
     with files.exclusive(work, doing):
+        files.remove_leftovers(folder.parent)  # a kill may have left half of its receipt
         made, old = work / "made", work / "old"
         for leftover in (made, old):
             shutil.rmtree(leftover, ignore_errors=True)
