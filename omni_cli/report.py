@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from rich.console import Console as RichConsole
+from rich.console import JustifyMethod
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -59,11 +60,13 @@ class Console:
         """Print a table; the first column is left-aligned, the others right-aligned."""
         if self.quiet:
             return
-        table = Table(title=title, title_justify="left", title_style="bold")
+        # All as Text: `[bnb]` and `[m/s]` are no markup.
+        table = Table(title=Text(title, style="bold"), title_justify="left")
         for index, name in enumerate(header):
-            table.add_column(name, justify="left" if index == 0 else "right", overflow="fold", no_wrap=index == 0)
+            side: JustifyMethod = "left" if index == 0 else "right"
+            table.add_column(Text(name), justify=side, overflow="fold", no_wrap=index == 0)
         for row in rows:
-            table.add_row(*(Text(str(cell)) for cell in row))  # as Text, `[bnb]` is no markup
+            table.add_row(*(Text(str(cell)) for cell in row))
         self._rich.print(table)
 
     @contextmanager
@@ -115,9 +118,10 @@ class _Plain:
     printed: float = field(default_factory=time.monotonic)
 
     def advance(self, count: int = 1, note: str = "") -> None:
+        is_ending = self.done < self.total <= self.done + count  # what is less than a unit may still come after it
         self.done += count
         now = time.monotonic()
-        if now - self.printed < _PLAIN_INTERVAL_S and self.done < self.total:
+        if now - self.printed < _PLAIN_INTERVAL_S and not is_ending:
             return
         self.printed = now
         rate = self.done / max(now - self.started, 1e-9)

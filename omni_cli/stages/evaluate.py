@@ -134,7 +134,7 @@ def _result(run: runs.Run, shards: ShardSet, folder: Path, recipe: Any, console:
     report = {**files.read_json(folder / REPORT_FILE), "run": str(run.folder), "shards": str(shards.folder)}
     marked = " (split by time inside each recording)" if report["split_rule"] == "time" else ""
     title = f"{run.name} on {report['windows']} windows of {report['recordings']} recordings{marked}"
-    console.table(title, *table_of(report, [metric for metric in recipe.metrics if metric.is_shown]))
+    show_scores(title, report, recipe.metrics, console)
     if unreadable := report["conditions"][0]["unreadable"]:
         console.warn(f"{unreadable:.1%} of the answers could not be read; they count as the {recipe.reference}")
     for line in verdicts(report, next(metric for metric in recipe.metrics if metric.is_shown)):
@@ -315,6 +315,14 @@ def _publish(run: runs.Run, dataset: WindowDataset, report: dict[str, Any], reci
     files.write_json(folder / REPORT_FILE, report)
     drawn = pictures.evaluation_pictures(folder, run.folder, dataset, pairs)
     pictures.write_html(folder / "report.html", report, *table_of(report, recipe.metrics), drawn)
+
+
+def show_scores(title: str, report: dict[str, Any], metrics: Sequence[Metric], console: Console) -> None:
+    """Show a table for each metric that people are shown: side by side they would not fit a terminal."""
+    for metric in metrics:
+        if metric.is_shown:
+            (condition, name, *others), rows = table_of(report, [metric])
+            console.table(f"{title}: {name}", [condition, "mean", *others], rows)
 
 
 def table_of(report: dict[str, Any], metrics: Sequence[Metric]) -> tuple[list[str], list[list[str]]]:

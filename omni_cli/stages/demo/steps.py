@@ -15,7 +15,7 @@ from omni_cli.stages.audit import AuditRequest, audit
 from omni_cli.stages.bench import BenchRequest, bench
 from omni_cli.stages.demo.request import PROFILE, DemoRequest
 from omni_cli.stages.etl import EtlRequest, etl
-from omni_cli.stages.evaluate import EvalRequest, evaluate, table_of
+from omni_cli.stages.evaluate import EvalRequest, evaluate, show_scores
 from omni_cli.stages.export import ExportRequest, export
 from omni_cli.stages.fetch import FetchRequest, SyntheticSpec, fetch
 from omni_cli.stages.infer import InferRequest, infer, subject_of_run
@@ -119,7 +119,7 @@ def held_out_recording(run: runs.Run) -> str:
 def show_table(name: str, report: dict[str, Any], recipe: Any, console: Console) -> None:
     """Show how well a run's model did beside everything it was compared with."""
     title = f"{name}: {report['windows']} windows of {report['recordings']} drives it never saw"
-    console.table(title, *table_of(report, [metric for metric in recipe.metrics if metric.is_shown]))
+    show_scores(title, report, recipe.metrics, console)
 
 
 def farewell(report: Mapping[str, Any], folder: Path, minutes: float, next_steps: Sequence[str]) -> str:
