@@ -1,7 +1,36 @@
-"""What every test starts from."""
+"""What every test starts from, and what tests of several files share: warm processes, a hub to fetch clips from."""
 
 import signal
+
+import pytest
 
 # A shell without job control starts what it puts in the background with Ctrl-C ignored, and every child inherits that:
 # the tests that press Ctrl-C would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory):
+    """Starts processes that need not import torch again."""
+    from tests.support.warm import Warm
+
+    warm = Warm(tmp_path_factory.mktemp("warm"))
+    yield warm
+    warm.close()
+
+
+@pytest.fixture(scope="session")
+def repository(tmp_path_factory):
+    """Two chunks whose camera zips are large enough to be fetched by clips; read it alone."""
+    from tests.support.clips import write_repository
+
+    return write_repository(tmp_path_factory.mktemp("repository"))
+
+
+@pytest.fixture
+def hub(repository, tmp_path_factory, monkeypatch):
+    """A hub that serves a copy of the repository, which a test may spoil."""
+    from tests.support.clips import served
+
+    with served(repository, tmp_path_factory.mktemp("hub"), monkeypatch) as hub:
+        yield hub

@@ -8,22 +8,14 @@ import pytest
 
 from omni_cli.errors import DataError
 from omni_cli.report import Console
-from omni_cli.samples.shards import (
-    Manifest,
-    RecordingEntry,
-    SkewStats,
-    frames_path,
-    listed_file,
-    open_shards,
-    windows_path,
-    write_manifest,
-    write_recording,
-)
-from omni_cli.samples.tables import FRAMES, Frames, ShardTables
+from omni_cli.samples.shards import frames_path, open_shards
+from omni_cli.samples.tables import FRAMES, Frames, ShardTables, windows_schema
 from omni_cli.stages.audit import AuditRequest, audit
 from tests.support.drives import preprocess
+from tests.support.shard_sets import write_shard_set
 
 WIDTH, HEIGHT, COUNT = 72, 64, 16
+LAYOUT = preprocess(cameras=("front",), columns=1, canvas_height_px=84, num_frames=COUNT)
 
 
 def pictures(seed: int, noise: int = 0) -> list[np.ndarray]:
@@ -34,10 +26,10 @@ def pictures(seed: int, noise: int = 0) -> list[np.ndarray]:
 
 
 def write_shards(folder: Path, drives: dict[str, tuple[str, list[np.ndarray]]]) -> Path:
-    """Write a set with the pictures and the split of each recording; one without pictures has no window."""
-    entries = []
+    """Write a set with the pictures and the split of each recording: one window shows them all, or there is none."""
+    tables = {}
     for name, (split, shown) in drives.items():
-        count, splits = len(shown), [split] * bool(shown)
+        count = len(shown)
         columns = {
             "camera": ["front"] * count,
             "frame_index": range(count),
@@ -47,25 +39,10 @@ def write_shards(folder: Path, drives: dict[str, tuple[str, list[np.ndarray]]]) 
             "pixels": [one.tobytes() for one in shown],
         }
         batch = pa.RecordBatch.from_pydict({key: list(values) for key, values in columns.items()}, FRAMES)
-        tables = ShardTables(
-            Frames(count, lambda batch=batch: iter([batch])), pa.table({"split": pa.array(splits, pa.string())})
-        )
-        write_recording(folder, name, tables, "key")
-        files = {"frames_file": frames_path(folder, name), "windows_file": windows_path(folder, name)}
-        listed = {key: listed_file(path) for key, path in files.items()}
-        facts = {
-            "id": name,
-            "group": "",
-            "windows": {split: len(splits)},
-            "num_frames": count,
-            "dropped": {},
-            "max_skew_us": 0,
-        }
-        entries.append(RecordingEntry(**facts, **listed))
-    values = {"recipe": "vlm", "settings": {}, "source": "test", "split_rule": "hash"}
-    skew = SkewStats(median_us=0, max_us=0)
-    write_manifest(folder, Manifest(**values, skew=skew, preprocess=preprocess(), recordings=tuple(entries)))
-    return folder
+        window = [0, 0, 100_000 * COUNT, split, list(range(count)), columns["timestamp_us"], 0, 0]
+        windows = pa.table([[value] * bool(shown) for value in window], schema=windows_schema(()))
+        tables[name] = ShardTables(Frames(count, lambda batch=batch: iter([batch])), windows)
+    return write_shard_set(folder, tables, LAYOUT)
 
 
 def found(folder: Path, **options) -> list[tuple[str, str, str]]:

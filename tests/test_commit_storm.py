@@ -7,12 +7,15 @@ at another one of them.
 import hashlib
 import itertools
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
 from omni_cli.files import (
+    RECEIPT_SUFFIX,
     TEMPORARY_MARK,
     commit,
     commit_json,
@@ -79,7 +82,10 @@ class Land:
     def act(self) -> None:
         remove_leftovers(self.staged.parent)
         if not landing.is_landed(self.path, sha256=sha256_of_bytes(NEW)):
-            self.staged.write_bytes(NEW)
+            with self.staged.open("wb") as stream:  # as a download ends
+                stream.write(NEW)
+                stream.flush()
+                os.fsync(stream.fileno())
             landing.land(self.staged, self.path, sha256=sha256_of_bytes(NEW))
 
     def wrong(self) -> list[str]:
@@ -154,6 +160,58 @@ def test_a_fault_at_every_call_leaves_nothing_torn(writer, tmp_path):
     total, met, wrong = storm(writer, tmp_path / "folder", 1)
     assert wrong == []
     assert (total > 80, met > 0.6 * total) == (True, True)
+
+
+def named_too_early(log: Path) -> list[str]:
+    """Names that a power cut could keep without what they stand for: what they were given to was not yet flushed.
+
+    A receipt speaks of names too: those in its folder must be flushed before it has its own.
+    """
+    opened, unflushed, found = {}, set(), []
+    for call, arguments, result in re.findall(r"^\d+ +(\w+)\((.*)\) += (\d+)", log.read_text(), re.MULTILINE):
+        paths, descriptor = re.findall(r'"([^"]+)"', arguments), arguments.partition(",")[0]
+        match call:
+            case "openat":
+                opened[result] = paths[0]
+            case "write" if descriptor in opened:
+                unflushed.add(opened[descriptor])
+            case "fsync":
+                unflushed.discard(opened[descriptor])
+            case "rename":
+                folder = str(Path(paths[1]).parent)
+                speaks_of = {paths[0], folder} if paths[1].endswith(RECEIPT_SUFFIX) else {paths[0]}
+                found += [paths[1]] * bool(speaks_of & unflushed)
+                unflushed = {folder, *(paths[1] if path == paths[0] else path for path in unflushed)}
+    return found + sorted(unflushed)
+
+
+@pytest.mark.fault("F32")
+@pytest.mark.parametrize("writer", [Commit, Land])
+def test_no_name_reaches_the_disk_before_what_it_stands_for(writer, tmp_path):
+    made, log = writer(fresh(writer, tmp_path / "folder")), tmp_path / "log"
+    made.prepare()
+    assert run_traced(made.act, log=log) == 0
+    assert log.read_text().count("rename(") >= 2
+    assert named_too_early(log) == []
+
+
+@pytest.mark.fault("F32")
+@pytest.mark.parametrize(("is_flushed", "early"), [(False, ["a", "a.receipt.json"]), (True, ["a.receipt.json"])])
+def test_a_writer_that_does_not_flush_is_found(is_flushed, early, tmp_path):
+    """Neither its content; or that, and not the name that its receipt speaks of."""
+    folder, log = tmp_path / "folder", tmp_path / "log"
+    folder.mkdir()
+
+    def act():
+        for name in ("a", f"a{RECEIPT_SUFFIX}"):
+            with (folder / "new").open("wb", buffering=0) as stream:
+                stream.write(NEW)
+                if is_flushed:
+                    os.fsync(stream.fileno())
+            (folder / "new").rename(folder / name)
+
+    assert run_traced(act, log=log) == 0
+    assert {Path(name).name for name in named_too_early(log)} == {*early, folder.name}
 
 
 @pytest.mark.fault("F1")

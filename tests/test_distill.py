@@ -22,7 +22,8 @@ from omni_cli.stages import checkpoints, runs
 from omni_cli.stages.etl import EtlRequest, etl
 from omni_cli.stages.evaluate import EvalRequest, evaluate
 from omni_cli.stages.train import TrainRequest, train
-from tests.support.driving import KILL_STEPS, kill_recipe, tiny_student, tree, work, write_drives, write_routes
+from tests.support.driving import KILL_STEPS, kill_recipe, tiny_student, work, write_drives, write_routes
+from tests.support.folders import tree
 from tests.support.pipeline import QUIET, make_run
 
 MODES = ("full", "dora")

@@ -43,7 +43,7 @@ SMALL = Pinhole(  # what tests/support/openpilot.py films: 1928x1208 px, made sm
     96, 64, 2648.0 * 96 / 1928, 2648.0 * 64 / 1208, 964.5 * 96 / 1928 - 0.5, 604.5 * 64 / 1208 - 0.5
 )
 BY_TIME = DistillSplit(rule="time", validation=0.4)
-ROUTES = tuple(f"{made_of.DONGLE}_{number:08x}--0696c823fa--0" for number in range(2))
+ROUTES = tuple(made_of.recording_id(number) for number in range(2))
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,8 @@ from omni_cli.samples.step_labels import Looks, Scene
 from omni_cli.scene.recording import Recording
 from omni_cli.stages.etl import EtlRequest, etl
 from tests.support import driving_onnx
-from tests.support.driving import tiny_student, tree
+from tests.support.driving import tiny_student
+from tests.support.folders import tree
 from tests.support.pipeline import QUIET
 from tests.support.taught import comma, cut, student_of, write_bright_drives
 
@@ -195,9 +196,7 @@ def test_teachers_without_files_need_nothing(teacher):
 
 @pytest.fixture(scope="module")
 def short_drives(tmp_path_factory) -> Path:
-    data = tmp_path_factory.mktemp("short")
-    write_bright_drives(data, clips=1, seconds=8.0)
-    return data
+    return write_bright_drives(tmp_path_factory.mktemp("short"), clips=1, seconds=8.0)
 
 
 def test_shards_are_the_same_wherever_the_files_lie_and_whoever_works(short_drives, tmp_path):

@@ -2,7 +2,6 @@
 
 import base64
 import json
-import os
 import pickle
 import re
 import shlex
@@ -22,6 +21,7 @@ from omni_cli.stages import runs
 from omni_cli.stages.train import TrainRequest, train
 from tests.support import driving_onnx
 from tests.support.driving import FRONT, write_routes
+from tests.support.hostile import Hostile
 from tests.support.pipeline import QUIET
 from tests.support.taught import comma, cut, student_of, write_bright_drives
 
@@ -33,9 +33,7 @@ def pair(tmp_path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def short_drives(tmp_path_factory) -> Path:
-    data = tmp_path_factory.mktemp("short")
-    write_bright_drives(data, clips=1, seconds=8.0)
-    return data
+    return write_bright_drives(tmp_path_factory.mktemp("short"), clips=1, seconds=8.0)
 
 
 # -- training needs no file, and takes no other teacher's shards
@@ -115,14 +113,6 @@ def test_the_etl_command_of_a_refusal_works(tmp_path, monkeypatch, capsys):
 
 
 # -- a wrong file is one line, before any recording is opened
-
-
-class Hostile:
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.folder),)
 
 
 def hostile(folder: Path) -> list[Path]:

@@ -27,7 +27,7 @@ from omni_cli.scene.model_frame import BIG_IMG, IMG
 from omni_cli.scene.poses import EgoMotion, Pose
 from omni_cli.scene.recording import CameraStream, Recording, VideoLocation
 from tests.support.drives import circle
-from tests.support.model_frames import mapped, openpilot_matrix
+from tests.support.model_frames import mapped, openpilot_matrix, resampled
 
 SIZE_PX = (96, 64)
 LENSES = {"road": Pinhole(*SIZE_PX, 90.0, 91.0, 47.0, 30.0), "wide": Pinhole(*SIZE_PX, 40.0, 41.0, 48.0, 33.0)}
@@ -129,14 +129,6 @@ def decoded(path: Path) -> list[tuple[np.ndarray, ...]]:
     return planes
 
 
-def sampled(plane: np.ndarray, pixels: np.ndarray, sampling: str) -> np.ndarray:
-    u, v = np.moveaxis(pixels, -1, 0)
-    if sampling == "nearest":
-        return map_coordinates(plane, [np.rint(v), np.rint(u)], order=0, mode="nearest")
-    steps = [np.rint(v * 32) / 32, np.rint(u * 32) / 32]
-    return np.floor(map_coordinates(plane.astype(float), steps, order=1, mode="nearest") + 0.5).astype(np.uint8)
-
-
 def picture(planes, matrix: np.ndarray, sampling: str) -> np.ndarray:
     """A packed model frame from openpilot's matrix: luma in quarters, then chroma at half the size."""
     if sampling == "nearest":
@@ -144,9 +136,9 @@ def picture(planes, matrix: np.ndarray, sampling: str) -> np.ndarray:
     else:
         half = np.array([[0.5, 0, -0.25], [0, 0.5, -0.25], [0, 0, 1]])
         chroma_matrix = half @ matrix @ np.array([[2, 0, 0.5], [0, 2, 0.5], [0, 0, 1]])
-    luma = sampled(planes[0], mapped(matrix, 512, 256), sampling)
+    luma = resampled(planes[0], mapped(matrix, 512, 256), sampling)
     quarters = [luma[0::2, 0::2], luma[1::2, 0::2], luma[0::2, 1::2], luma[1::2, 1::2]]
-    return np.stack([*quarters, *(sampled(one, mapped(chroma_matrix, 256, 128), sampling) for one in planes[1:])])
+    return np.stack([*quarters, *(resampled(one, mapped(chroma_matrix, 256, 128), sampling) for one in planes[1:])])
 
 
 def mount_at(time_us: int) -> np.ndarray:

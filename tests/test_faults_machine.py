@@ -13,9 +13,10 @@ import pytest
 
 from omni_cli.errors import refused_by_machine
 from tests.support import openpilot as made
-from tests.support.etl_once import run
+from tests.support.etl_once import command, run, undisturbed
+from tests.support.folders import tree
 from tests.support.injection import needs_strace
-from tests.test_etl import recording_id, segment, tree
+from tests.support.openpilot import drive_folder, recording_id
 
 DRIVES = 4
 HOSTILE = recording_id(2)
@@ -24,21 +25,12 @@ FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    data = tmp_path_factory.mktemp("data")
-    for number in range(DRIVES):
-        made.write_segment(segment(data, number), 40 + 4 * number)
-    return data
+    return made.write_drives(tmp_path_factory.mktemp("data"), DRIVES)
 
 
 @pytest.fixture(scope="module")
 def reference(data, tmp_path_factory) -> dict[str, str]:
-    out = tmp_path_factory.mktemp("reference") / "shards"
-    run(data, out, workers=0, quiet=True)
-    return tree(out)
-
-
-def command(data, out, **options):
-    return [sys.executable, "-m", "tests.support.etl_once", str(data), str(out), json.dumps(options)]
+    return undisturbed(data, tmp_path_factory.mktemp("reference"))
 
 
 def ended(arguments, **environment):
@@ -113,7 +105,7 @@ def test_a_disk_that_cannot_hold_the_shards_is_told_before_anything_is_decoded(d
     ],
 )
 def test_an_input_that_the_disk_refuses_is_refused_alone(data, reference, tmp_path, case):
-    (call, error, told), video, out = case, segment(data, 2) / "qcamera.ts", tmp_path / "shards"
+    (call, error, told), video, out = case, drive_folder(data, 2) / "qcamera.ts", tmp_path / "shards"
     strace = ["strace", "-f", "-qqq", "-o", os.devnull, "-P", str(video), "-e", f"inject={call}:error={error}"]
     done = ended([*strace, *command(data, out, workers=0)])
     assert done.returncode == 0, done.stderr

@@ -3,8 +3,6 @@
 import hashlib
 import os
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from collections import namedtuple
@@ -39,23 +37,11 @@ from tests.support.clips import (
     get,
     members_of,
     of_clips,
-    served,
     spoil,
-    write_repository,
     zip_of,
 )
+from tests.support.fetch_once import start
 from tests.support.plain_recipe import SAMPLE, Plain
-
-
-@pytest.fixture(scope="module")
-def repository(tmp_path_factory):
-    return write_repository(tmp_path_factory.mktemp("repository"))
-
-
-@pytest.fixture
-def hub(repository, tmp_path_factory, monkeypatch):
-    with served(repository, tmp_path_factory.mktemp("hub"), monkeypatch) as hub:
-        yield hub
 
 
 def test_a_clip_has_the_same_origin_alone_or_with_its_chunk(hub, tmp_path):
@@ -350,21 +336,10 @@ def _codes(folder):
     return {finding["code"] for finding in audit(AuditRequest(folder), Console(quiet=True))["findings"]}
 
 
-FETCH = """
-import sys
-from pathlib import Path
-from omni_cli.report import Console
-from omni_cli.stages.fetch import FetchRequest, fetch
-from tests.support import pai
-fetch(FetchRequest("physical_ai_av", Path(sys.argv[1]), clips=(sys.argv[2],), cameras=pai.CAMERAS), Console(quiet=True))
-"""
-
-
 @pytest.mark.fault("F10")
 def test_two_processes_that_fetch_other_clips_of_a_zip_unite_them(hub, repository, tmp_path):
     hub.bytes_per_second = 1_000_000
-    arguments = [[sys.executable, "-c", FETCH, str(tmp_path), clip] for clip in (CLIPS[0], CLIPS[2])]
-    for process in [subprocess.Popen(call, cwd=Path.cwd()) for call in arguments]:
+    for process in [start(tmp_path, clips=[clip], cameras=pai.CAMERAS) for clip in (CLIPS[0], CLIPS[2])]:
         assert process.wait() == 0
     assert members_of(zip_of(tmp_path)) == of_clips(repository, {CLIPS[0], CLIPS[2]})
     assert files.verified_receipt(zip_of(tmp_path))["clips"] == [CLIPS[0], CLIPS[2]]

@@ -9,16 +9,13 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from omni_cli import files
-from omni_cli.formats.physical_ai_av import CAMERAS
 from tests.support import pai
+from tests.support.chunks import BIG, TOKEN, write_repository
 from tests.support.hub import Fault, serve_hub
 
-TOKEN = "hf_secretSECRETsecret"
-BIG = CAMERAS[:3]
 CHUNKS = 14
 BIG_BYTES = 700_000
 LYING_FLOCK = Path(__file__).parent / "support" / "lying_flock"
@@ -29,14 +26,7 @@ BOUND_S = 300.0
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory):
     """Real small tables, and 42 zips of random bytes: 30 MB."""
-    root = pai.write_repository(tmp_path_factory.mktemp("repository"), CHUNKS, clips=1)
-    content = np.random.default_rng(11)
-    for chunk in range(CHUNKS):
-        for camera in BIG:
-            path = pai.zip_path(root, camera, chunk)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content.bytes(BIG_BYTES + chunk))
-    return root
+    return write_repository(tmp_path_factory.mktemp("repository"), CHUNKS, clips=1, zip_bytes=BIG_BYTES)
 
 
 def storm(seed):

@@ -34,9 +34,9 @@ from tests.support.pipeline import QUIET, make_run, tiny_recipe, write_synthetic
 ONE = CAMERA_SETS["1-cam"]
 
 
-def recipe_of(labels, *, steps=30, **sample):
+def recipe_of(labels, **sample):
     values = {"cameras": "1-cam", "window": 4, "stride": 16, "canvas_px": 84, "labels": labels, **sample}
-    train = VlmTrain(batch_size=4, learning_rate=3e-3, max_steps=steps, gradient_checkpointing=False, workers=0)
+    train = VlmTrain(batch_size=4, learning_rate=3e-3, max_steps=2, gradient_checkpointing=False, workers=0)
     return tiny_recipe(cameras=values["cameras"], sample=VlmSample(**values), train=train)
 
 

@@ -26,7 +26,7 @@ from omni_cli.scene.model_frame import (
     sampling_map,
 )
 from omni_cli.sources.openpilot_schema import decompress, log_schema
-from tests.support.model_frames import QCAMERA, mapped, openpilot_matrix, rotation
+from tests.support.model_frames import QCAMERA, mapped, openpilot_matrix, resampled, rotation
 
 RPY_RAD = np.array([0.03, 0.0157, -0.0209])
 ODD = Pinhole(527, 331, 720.0, 720.0, 263.0, 165.0)
@@ -44,15 +44,6 @@ def planes(width: int, height: int, seed: int = 0) -> video.Planes:
     half = (-(-height // 2), -(-width // 2))
     y, u, v = (rng.integers(0, 256, shape, dtype=np.uint8) for shape in ((height, width), half, half))
     return y, u, v
-
-
-def resampled(plane: np.ndarray, pixels: np.ndarray, sampling: str) -> np.ndarray:
-    """By scipy; bilinear in steps of 1/32 pixel, halves rounded up, as integer arithmetic with a half added does."""
-    u, v = np.moveaxis(pixels, -1, 0)
-    if sampling == "nearest":
-        return map_coordinates(plane, [np.rint(v), np.rint(u)], order=0, mode="nearest")
-    steps = [np.rint(v * 32) / 32, np.rint(u * 32) / 32]
-    return np.floor(map_coordinates(plane.astype(np.float64), steps, order=1, mode="nearest") + 0.5).astype(np.uint8)
 
 
 def packed_by_loops(y: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:

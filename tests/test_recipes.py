@@ -42,7 +42,8 @@ from omni_cli.stages.export import ExportRequest, export
 from omni_cli.stages.infer import InferRequest, infer, subject_of_base, subject_of_model, subject_of_run
 from omni_cli.stages.merge import MergeRequest, merge
 from omni_cli.stages.train import TrainRequest, train
-from tests.support.driving import stamps, tiny_student, tree, write_drives
+from tests.support.driving import tiny_student, write_drives
+from tests.support.folders import stamps, tree
 from tests.support.pipeline import QUIET, tiny_recipe
 
 RECORDINGS = 4

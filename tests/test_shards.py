@@ -14,22 +14,19 @@ from omni_cli.files import commit
 from omni_cli.samples.dataset import WindowDataset
 from omni_cli.samples.shards import (
     Manifest,
-    RecordingEntry,
-    SkewStats,
     finished_recording,
     frames_path,
-    listed_file,
     open_shards,
     safe_name,
     tokens_path,
     windows_path,
-    write_manifest,
     write_recording,
     write_stream,
 )
 from omni_cli.samples.tables import EGO_MOTION_COLUMNS
 from omni_cli.samples.windows import ego_motion_tables
 from tests.support.drives import CAMERAS, drive, preprocess, tile
+from tests.support.shard_sets import write_shard_set
 
 LAYOUT = preprocess()
 
@@ -50,32 +47,9 @@ def tables(tmp_path_factory):
     return {name: tables_of(drive(folder, name, speed_mps=speed)) for name, speed in (("a", 5.0), ("b/..", 9.0))}
 
 
-def write_set(folder, tables):
-    entries = []
-    for name, table in tables.items():
-        write_recording(folder, name, table, "key")
-        splits = table.windows["split"].to_pylist()
-        entries.append(
-            RecordingEntry(
-                id=name,
-                group="",
-                windows={split: splits.count(split) for split in ("train", "val")},
-                num_frames=table.frames.num_rows,
-                dropped={},
-                max_skew_us=0,
-                frames_file=listed_file(frames_path(folder, name)),
-                windows_file=listed_file(windows_path(folder, name)),
-            )
-        )
-    skew = SkewStats(median_us=0, max_us=0)
-    values = {"recipe": "vlm", "settings": {}, "source": "test", "split_rule": "time", "skew": skew}
-    write_manifest(folder, Manifest(**values, preprocess=LAYOUT, recordings=tuple(entries)))
-    return folder
-
-
 @pytest.fixture
 def shards(tmp_path, tables):
-    return write_set(tmp_path / "shards", tables)
+    return write_shard_set(tmp_path / "shards", tables, LAYOUT)
 
 
 def test_the_datasets_library_opens_both_tables_as_written(shards, tables):
@@ -223,5 +197,5 @@ def test_a_manifest_reads_back_equal_and_its_fingerprint_covers_every_file(shard
     assert again == manifest
     assert again.fingerprint == manifest.fingerprint
     faster = {**tables, "a": tables["b/.."]}
-    assert open_shards(write_set(tmp_path / "other", faster)).manifest.fingerprint != manifest.fingerprint
+    assert open_shards(write_shard_set(tmp_path / "other", faster, LAYOUT)).manifest.fingerprint != manifest.fingerprint
     assert str(tmp_path) not in (shards / "manifest.json").read_text()

@@ -2,7 +2,6 @@
 
 import base64
 import itertools
-import os
 import pickle
 
 import numpy as np
@@ -16,6 +15,7 @@ from omni_cli.formats.driving_model import FEATURE_LEN, OUTPUT_NAME, SLICES_KEY,
 from omni_cli.models.onnx_runtime import check_provider, open_session
 from omni_cli.models.teacher import TeacherLabels, open_teacher
 from tests.support import driving_onnx
+from tests.support.hostile import Hostile
 
 CPU = ["CPUExecutionProvider"]
 GENERATIONS = {
@@ -236,14 +236,6 @@ def test_slices_beside_the_file_serve_as_well_as_slices_in_it(tmp_path):
         DataError, match=r"driving_policy.onnx: its metadata has no 'output_slices' and there is no dri"
     ):
         open_teacher(paths, "cpu")
-
-
-class Hostile:
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.folder),)
 
 
 @pytest.mark.fault("F24")

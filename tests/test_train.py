@@ -4,10 +4,9 @@ import json
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,6 +24,7 @@ from omni_cli.stages import checkpoints, runs
 from omni_cli.stages.etl import EtlRequest, etl
 from omni_cli.stages.train import TrainRequest, train
 from tests.support.pipeline import QUIET, kill_recipe, make_run, tiny_recipe, write_synthetic
+from tests.support.warm import Warm, WarmProcess
 
 STEPS = 12
 
@@ -61,12 +61,11 @@ def train_here(folder: Path, shards: Path, *how: str) -> None:
     train(kill_recipe(*how, STEPS), TrainRequest(shards, folder, folder, "r", "t"), QUIET)
 
 
-def start(folder: Path, shards: Path, *how: str) -> subprocess.Popen:
-    words = [str(folder), str(shards), *how, str(STEPS)]
-    return subprocess.Popen([sys.executable, "-m", "tests.support.train_once", *words])
+def start(warm: Warm, folder: Path, shards: Path, *how: str) -> WarmProcess:
+    return warm.start("tests.support.train_once", str(folder), str(shards), *how, str(STEPS))
 
 
-def kill_once(process: subprocess.Popen, folder: Path, pattern: str, wait_s: float) -> None:
+def kill_once(process: WarmProcess, folder: Path, pattern: str, wait_s: float) -> None:
     """Kill once another checkpoint is there, or is being written, at a moment nobody chose."""
     saved, deadline = folder / "r" / "checkpoints", time.monotonic() + 120
     before = set(saved.glob(pattern))
@@ -75,16 +74,21 @@ def kill_once(process: subprocess.Popen, folder: Path, pattern: str, wait_s: flo
         time.sleep(0.01)
     time.sleep(wait_s)
     process.kill()
-    process.wait()
+    assert process.wait() in (-signal.SIGKILL, 0), process.stderr  # 0: it was quicker
 
 
-def check_killed_equals_undisturbed(tmp_path, shards, how, kills) -> None:
+@pytest.fixture
+def check_killed(warm, tmp_path, shards):
+    return partial(check_killed_equals_undisturbed, warm, tmp_path, shards)
+
+
+def check_killed_equals_undisturbed(warm, tmp_path, shards, how, kills) -> None:
     """`kills`: at which checkpoint, and how many seconds after it."""
-    undisturbed, killed = tmp_path / "a", tmp_path / "b"
-    train_here(undisturbed, shards, *how)
+    undisturbed, killed, learned_from = tmp_path / "a", tmp_path / "b", shards[how[0]]
+    train_here(undisturbed, learned_from, *how)
     for pattern, wait_s in kills:
-        kill_once(start(killed, shards, *how), killed, pattern, wait_s)
-    train_here(killed, shards, *how)
+        kill_once(start(warm, killed, learned_from, *how), killed, pattern, wait_s)
+    train_here(killed, learned_from, *how)
     assert published(killed) == published(undisturbed)
     histories = [checkpoints.read_history(folder / "r") for folder in (killed, undisturbed)]
     assert [line["loss"] for line in histories[0]] == [line["loss"] for line in histories[1]]
@@ -102,25 +106,26 @@ FIRST, LAST = "checkpoint-*", f"checkpoint-{STEPS}.receipt.json"
     ],
 )
 @pytest.mark.fault("F1")
-def test_killed_and_run_again_the_weights_are_the_same_bit_for_bit(tmp_path, shards, how, kill) -> None:
-    check_killed_equals_undisturbed(tmp_path, shards[how[0]], how, [kill])
+def test_killed_and_run_again_the_weights_are_the_same_bit_for_bit(check_killed, how, kill) -> None:
+    check_killed(how, [kill])
 
 
 @pytest.mark.marathon
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 @pytest.mark.parametrize("mode", ["full", "lora", "dora"])
 @pytest.mark.parametrize("schedule", ["cosine", "constant_with_warmup"])
-def test_five_kills(tmp_path, shards, family, mode, schedule) -> None:
+def test_five_kills(check_killed, family, mode, schedule) -> None:
     generator = random.Random(f"{family} {mode}")
     kills = [*((FIRST, generator.uniform(0, 0.6)) for _ in range(4)), (LAST, generator.uniform(0, 0.1))]
-    check_killed_equals_undisturbed(tmp_path, shards[family], (family, mode, schedule), kills)
+    check_killed((family, mode, schedule), kills)
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 @pytest.mark.fault("F2")
-def test_sigterm_and_ctrl_c_save_what_was_learned(tmp_path, shards, sent, code) -> None:
-    process = start(tmp_path, shards["qwen2_5_vl"], "qwen2_5_vl", "full", "cosine")
+def test_sigterm_and_ctrl_c_save_what_was_learned(warm, tmp_path, shards, sent, code) -> None:
+    process = start(warm, tmp_path, shards["qwen2_5_vl"], "qwen2_5_vl", "full", "cosine")
     while not list((tmp_path / "r" / "checkpoints").glob("checkpoint-*")):
+        assert process.poll() is None, process.stderr
         time.sleep(0.01)
     process.send_signal(sent)
     assert process.wait() == code

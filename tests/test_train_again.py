@@ -1,17 +1,23 @@
 """Training that goes on: whatever was lost, the receipt in the end is the undisturbed run's, byte for byte."""
 
+import itertools
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from omni_cli.errors import DataError, UsageError
-from omni_cli.files import read_json, receipt_path, sha256_of
+from omni_cli.errors import DataError, OmniError, UsageError
+from omni_cli.files import RECEIPT_PROOF, read_json, receipt_path, sha256_of
+from omni_cli.recipes.vlm import Vlm
+from omni_cli.report import Console
 from omni_cli.stages import checkpoints, runs
 from omni_cli.stages.etl import EtlRequest, etl
 from omni_cli.stages.train import TrainRequest, train
+from tests.support.hostile import Hostile
 from tests.support.pipeline import QUIET, tiny_recipe, write_synthetic
 
 BASE = Path(__file__).parent / "assets" / "tiny_base"
@@ -42,6 +48,20 @@ def run_train(recipe, shards, folder, *, fresh=False):
     return folder / "r"
 
 
+@pytest.fixture(scope="module")
+def trained(shards, tmp_path_factory):
+    """Finished runs: one is trained where its settings are first asked for, and every test takes a copy."""
+    made = {}
+
+    def take(recipe, folder: Path) -> Path:
+        key = recipe.model_dump_json()
+        if key not in made:
+            made[key] = run_train(recipe, shards, tmp_path_factory.mktemp("trained"))
+        return Path(shutil.copytree(made[key], folder / "r"))
+
+    return take
+
+
 def published(run_folder: Path) -> dict[str, bytes]:
     """The files of the weights, and the receipt that says how they came to be."""
     paths = [receipt_path(run_folder / "final"), *(run_folder / "final").iterdir()]
@@ -50,8 +70,8 @@ def published(run_folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
 @pytest.mark.parametrize("lost", ["receipt", "all"])
-def test_after_the_last_checkpoint_no_step_more_is_taken(tmp_path, shards, mode, lost):
-    folder = run_train(recipe_of(mode), shards, tmp_path)
+def test_after_the_last_checkpoint_no_step_more_is_taken(tmp_path, trained, shards, mode, lost):
+    folder = trained(recipe_of(mode), tmp_path)
     undisturbed = published(folder)
     receipt_path(folder / "final").unlink()
     if lost == "all":
@@ -61,10 +81,10 @@ def test_after_the_last_checkpoint_no_step_more_is_taken(tmp_path, shards, mode,
 
 
 @pytest.mark.parametrize("steps", [2, 3])
-def test_resumed_with_one_step_left_the_receipt_is_the_same(tmp_path, shards, steps):
+def test_resumed_with_one_step_left_the_receipt_is_the_same(tmp_path, trained, shards, steps):
     """From step 1 the check of the gradients is still due, from step 2 it is done; no line was due in the history."""
     recipe = recipe_of(max_steps=steps)
-    folder = run_train(recipe, shards, tmp_path)
+    folder = trained(recipe, tmp_path)
     undisturbed = published(folder)
     assert read_json(receipt_path(folder / "final"))["gradients_checked_at_step"] == 1
     receipt_path(folder / "final").unlink()
@@ -73,9 +93,9 @@ def test_resumed_with_one_step_left_the_receipt_is_the_same(tmp_path, shards, st
     assert published(folder) == undisturbed
 
 
-def test_where_log_and_save_do_not_meet_the_means_are_the_same(tmp_path, shards):
+def test_where_log_and_save_do_not_meet_the_means_are_the_same(tmp_path, trained, shards):
     recipe = recipe_of(max_steps=6, save_steps=3, log_steps=2)
-    folder = run_train(recipe, shards, tmp_path)
+    folder = trained(recipe, tmp_path)
     history, undisturbed = checkpoints.read_history(folder), published(folder)
     assert [line["step"] for line in history] == [2, 3, 4, 6]
     receipt_path(folder / "final").unlink()
@@ -85,8 +105,8 @@ def test_where_log_and_save_do_not_meet_the_means_are_the_same(tmp_path, shards)
     assert published(folder) == undisturbed
 
 
-def test_a_torn_last_line_of_the_history_is_logged_again(tmp_path, shards):
-    folder = run_train(recipe_of(), shards, tmp_path)
+def test_a_torn_last_line_of_the_history_is_logged_again(tmp_path, trained, shards):
+    folder = trained(recipe_of(), tmp_path)
     history, undisturbed = checkpoints.read_history(folder), published(folder)
     path = folder / "history.jsonl"
     whole = path.read_bytes()
@@ -108,8 +128,8 @@ def test_a_damaged_line_of_the_history_is_dropped_at_the_end_and_refused_within(
         checkpoints.read_history(tmp_path)
 
 
-def test_a_history_that_does_not_reach_the_last_step_is_refused(tmp_path, shards):
-    folder = run_train(recipe_of(), shards, tmp_path)
+def test_a_history_that_does_not_reach_the_last_step_is_refused(tmp_path, trained, shards):
+    folder = trained(recipe_of(), tmp_path)
     receipt_path(folder / "final").unlink()
     (folder / "history.jsonl").unlink()
     with pytest.raises(DataError, match=r"history\.jsonl: has no line of step 4; start the run anew with --fresh"):
@@ -117,11 +137,11 @@ def test_a_history_that_does_not_reach_the_last_step_is_refused(tmp_path, shards
 
 
 @pytest.mark.parametrize("left", ["final", "checkpoints"])
-def test_weights_of_another_training_never_count(tmp_path, shards, left):
+def test_weights_of_another_training_never_count(tmp_path, trained, shards, left):
     """A run.json beside the weights and checkpoints of other settings, as a kill could once leave it."""
     mine, others = recipe_of(), recipe_of(learning_rate=5e-3)
-    undisturbed = published(run_train(mine, shards, tmp_path / "mine"))
-    folder = run_train(others, shards, tmp_path / "others")
+    undisturbed = published(trained(mine, tmp_path / "mine"))
+    folder = trained(others, tmp_path / "others")
     for name in ("run.json", "config.toml"):
         shutil.copy(tmp_path / "mine" / "r" / name, folder / name)
     if left == "checkpoints":
@@ -131,10 +151,10 @@ def test_weights_of_another_training_never_count(tmp_path, shards, left):
     assert published(folder) == undisturbed
 
 
-def test_killed_inside_fresh_nothing_of_the_old_run_is_taken_for_the_new(tmp_path, shards, monkeypatch):
+def test_killed_inside_fresh_nothing_of_the_old_run_is_taken_for_the_new(tmp_path, trained, shards, monkeypatch):
     old, new = recipe_of(), recipe_of(learning_rate=5e-3)
-    undisturbed = published(run_train(new, shards, tmp_path / "undisturbed"))
-    folder = run_train(old, shards, tmp_path / "killed")
+    undisturbed = published(trained(new, tmp_path / "undisturbed"))
+    folder = trained(old, tmp_path / "killed")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", interrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -146,13 +166,84 @@ def test_killed_inside_fresh_nothing_of_the_old_run_is_taken_for_the_new(tmp_pat
     assert [path.name for path in folder.parent.iterdir()] == ["r"]
 
 
+@pytest.mark.fault("F12", "F26")
+def test_whatever_is_damaged_in_the_newest_checkpoint_the_one_before_it_goes_on(tmp_path, trained, shards, capsys):
+    """One flipped bit of one file, or the file lost; which checkpoint is the newest is told by no clock."""
+    folder = trained(recipe_of(), tmp_path)
+    undisturbed, newest = published(folder), folder / "checkpoints" / "checkpoint-4"
+    lost = {"optimizer.pt", "rng_state.pth"}
+    for part in ("model.safetensors", "scheduler.pt", "trainer_state.json", *sorted(lost)):
+        (newest / part).unlink() if part in lost else flip(newest / part)
+        os.utime(newest.with_name("checkpoint-3"), (4e9, 4e9))
+        receipt_path(folder / "final").unlink()
+        train(recipe_of(), TrainRequest(shards, tmp_path, tmp_path, "r", "test"), Console())
+        assert "going on at step 3 of 4" in capsys.readouterr().err, part
+        assert published(folder) == undisturbed, part
+
+
+def flip(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+@pytest.mark.fault("F27")
+@pytest.mark.parametrize("number", ["nan", "inf"])
+def test_a_loss_that_is_no_number_ends_the_training_and_the_checkpoint_before_goes_on(
+    tmp_path, trained, shards, number
+):
+    undisturbed = published(trained(recipe_of(), tmp_path / "undisturbed"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Vlm, "loss", spoilt_at(3, float(number)))
+        with pytest.raises(
+            OmniError, match=rf"^loss is {number} at step 3; the last checkpoint is good: go on from it"
+        ):
+            run_train(recipe_of(), shards, tmp_path)
+    folder = tmp_path / "r"
+    assert not (folder / "final").exists()
+    assert [line["step"] for line in checkpoints.read_history(folder)] == [1, 2]
+    assert checkpoints.find_start(folder / "checkpoints", runs.open_run(folder).manifest.key()).step == 2
+    run_train(recipe_of(), shards, tmp_path)
+    assert published(folder) == undisturbed
+
+
+def spoilt_at(step: int, number: float):
+    """The loss of the recipe, but for one step."""
+    loss, steps = Vlm.loss, itertools.count(1)
+
+    def spoilt(*arguments):
+        made = loss(*arguments)
+        return replace(made, total=made.total * number) if next(steps) == step else made
+
+    return spoilt
+
+
+@pytest.mark.fault("F24")
+@pytest.mark.parametrize("part", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
+def test_code_in_a_checkpoint_that_another_hand_sealed_never_runs(tmp_path, trained, shards, part):
+    folder = trained(recipe_of(), tmp_path)
+    newest = folder / "checkpoints" / "checkpoint-3"
+    shutil.rmtree(newest.with_name("checkpoint-4"))
+    receipt_path(folder / "final").unlink()
+    facts = {
+        key: value for key, value in read_json(receipt_path(newest)).items() if key not in ("files", RECEIPT_PROOF)
+    }
+    torch.save({"state": Hostile(tmp_path / "canary")}, newest / part)
+    runs.seal_folder(newest, **facts)
+    if part == "training_args.bin":
+        run_train(recipe_of(), shards, tmp_path)  # nobody reads it
+    else:
+        with pytest.raises(Exception, match=r"(?i)weights.only"):
+            run_train(recipe_of(), shards, tmp_path)
+    assert not (tmp_path / "canary").exists()
+
+
 def interrupt(*args, **kwargs):
     """Stands for a kill at the first file that is deleted."""
     raise KeyboardInterrupt
 
 
-def test_what_fresh_is_refused_for_discards_nothing(tmp_path, shards):
-    before = published(run_train(recipe_of(), shards, tmp_path))
+def test_what_fresh_is_refused_for_discards_nothing(tmp_path, trained, shards):
+    before = published(trained(recipe_of(), tmp_path))
     with pytest.raises(DataError, match=r"more than train\.max_tokens = 20"):
         run_train(recipe_of(max_tokens=20), shards, tmp_path, fresh=True)
     assert published(tmp_path / "r") == before
@@ -164,8 +255,8 @@ def test_a_refused_training_leaves_no_settings_that_bind_the_next(tmp_path, shar
     assert runs.open_finished(run_train(recipe_of(), shards, tmp_path)).is_done()
 
 
-def test_a_run_without_its_run_json_is_started_only_with_fresh(tmp_path, shards):
-    folder = run_train(recipe_of(), shards, tmp_path)
+def test_a_run_without_its_run_json_is_started_only_with_fresh(tmp_path, trained, shards):
+    folder = trained(recipe_of(), tmp_path)
     (folder / "run.json").unlink()
     with pytest.raises(UsageError, match=r"holds checkpoints and no run\.json .*use --fresh to discard it"):
         run_train(recipe_of(), shards, tmp_path)
@@ -173,8 +264,8 @@ def test_a_run_without_its_run_json_is_started_only_with_fresh(tmp_path, shards)
     assert runs.open_finished(folder).manifest.settings["train"]["learning_rate"] == 5e-3
 
 
-def test_fresh_follows_a_link_to_another_disk(tmp_path, shards):
-    elsewhere = run_train(recipe_of(), shards, tmp_path / "elsewhere")
+def test_fresh_follows_a_link_to_another_disk(tmp_path, trained, shards):
+    elsewhere = trained(recipe_of(), tmp_path / "elsewhere")
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "r").symlink_to(elsewhere)
     run_train(recipe_of(learning_rate=5e-3), shards, tmp_path / "runs", fresh=True)
@@ -182,8 +273,8 @@ def test_fresh_follows_a_link_to_another_disk(tmp_path, shards):
     assert runs.open_finished(elsewhere).manifest.settings["train"]["learning_rate"] == 5e-3
 
 
-def test_what_the_run_learned_from_belongs_to_the_weights(tmp_path, shards):
-    folder = run_train(recipe_of(), shards, tmp_path)
+def test_what_the_run_learned_from_belongs_to_the_weights(tmp_path, trained, shards):
+    folder = trained(recipe_of(), tmp_path)
     before, run = published(folder), runs.open_finished(folder)
     groups = run.learned().groups
     (folder / "learned.json").unlink()

@@ -14,6 +14,7 @@ from omni_cli.sources import open_source
 from omni_cli.world.clip import SyntheticSpec
 from omni_cli.world.dataset import render_clip, write_chunk, write_indices
 from tests.support.hub import serve_hub
+from tests.support.warm import WarmProcess
 
 TOKEN = "hf_secretSECRETsecret"
 CHUNKS = range(5)
@@ -50,10 +51,22 @@ def user(hub, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def four(user):
+def type_warm(warm):
+    """Types a line whose libraries are imported already; `one` and the lines of fetch are run as they are installed."""
+
+    def type_line_warm(line: str, folder: Path) -> WarmProcess:
+        process = warm.start("omni_cli", *shlex.split(line)[1:], cwd=folder, environment=inherited())
+        process.wait()
+        return process
+
+    return type_line_warm
+
+
+@pytest.fixture(scope="module")
+def four(user, type_warm):
     """The lines of DESIGN §7, one after the other: a run that looks at four cameras."""
     for line in ("omni etl --profile cpu-tiny", f"omni train --profile cpu-tiny {STEPS}"):
-        done = type_line(line, user)
+        done = type_warm(line, user)
         assert done.returncode == 0, done.stderr
     return user
 
@@ -70,13 +83,15 @@ def one(user, tmp_path_factory):
     return folder, done.stderr
 
 
-def type_line(line: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def inherited() -> dict[str, str]:
+    """The environment of a user who has set nothing for omni."""
     ours = ("OMNI_", "HF_", "HUGGING")
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    words = [str(OMNI), *shlex.split(line)[1:]]
-    return subprocess.run(
-        words, capture_output=True, text=True, check=False, timeout=300, cwd=folder, env={**inherited, **environment}
-    )
+    return {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+
+
+def type_line(line: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    words, given = [str(OMNI), *shlex.split(line)[1:]], inherited() | environment
+    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=300, cwd=folder, env=given)
 
 
 def tree(folder: Path) -> dict[str, int]:
@@ -100,8 +115,8 @@ def test_etl_and_train_leave_a_finished_run(four):
     assert len(list((four / "data" / "shards").glob("*/manifest.json"))) == 1
 
 
-def test_infer_refuses_one_view_for_a_four_camera_run_and_names_the_missing_cameras(four):
-    done = type_line("omni infer clip.mp4", four)
+def test_infer_refuses_one_view_for_a_four_camera_run_and_names_the_missing_cameras(four, type_warm):
+    done = type_warm("omni infer clip.mp4", four)
     assert done.returncode == 2
     (said,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert f"missing {', '.join(OTHERS)}" in said
@@ -115,17 +130,17 @@ def test_train_straight_after_fetch_makes_its_shards_and_says_so(one):
     assert len(list((folder / "data" / "shards").iterdir())) == 1
 
 
-def test_infer_answers_about_a_clip_with_a_one_camera_run(one):
+def test_infer_answers_about_a_clip_with_a_one_camera_run(one, type_warm):
     folder, _ = one
-    done = type_line("omni infer clip.mp4 --json", folder)
+    done = type_warm("omni infer clip.mp4 --json", folder)
     assert done.returncode == 0, done.stderr
     (clip,) = json.loads(done.stdout)["clips"]
     assert clip["windows"] == len((folder / clip["file"]).read_text().splitlines()) > 0
 
 
-def test_train_with_other_cameras_than_the_shards_is_one_line_with_the_right_command(one):
+def test_train_with_other_cameras_than_the_shards_is_one_line_with_the_right_command(one, type_warm):
     folder, _ = one
-    done = type_line("omni train --profile cpu-tiny", folder)
+    done = type_warm("omni train --profile cpu-tiny", folder)
     assert done.returncode == 2
     (said,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "asks for camera_" in said
@@ -133,9 +148,9 @@ def test_train_with_other_cameras_than_the_shards_is_one_line_with_the_right_com
 
 
 @pytest.mark.parametrize("verb", ["etl", "train"])
-def test_the_plan_for_another_machine_touches_nothing(user, verb):
+def test_the_plan_for_another_machine_touches_nothing(user, type_warm, verb):
     before = tree(user)
-    done = type_line(f"omni {verb} --profile mi300x-bf16 --dry-run --json", user)
+    done = type_warm(f"omni {verb} --profile mi300x-bf16 --dry-run --json", user)
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
     assert plan["dry_run"] is True

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from omni_cli.files import sha256_of
 from omni_cli.recipes.distill import Distill
 from omni_cli.recipes.distill.settings import DistillSample, DistillSplit, DistillTrain, DistillTune
 from omni_cli.stages.etl import EtlRequest, etl
@@ -46,8 +45,7 @@ def write_routes(
     """
     ids = []
     for number in range(2):
-        log_id = f"{number:08x}--0696c823fa--0"
-        folder = data / "raw" / "openpilot" / made.DONGLE / log_id
+        folder = made.drive_folder(data, number)
         made.write_segment(folder, count)
         extra = [
             made.event("deviceState", {"deviceType": "tici"}),
@@ -63,7 +61,7 @@ def write_routes(
             seen = made.model(frame, shift=frame / 10) | {"laneLineProbs": [0.9, 0.8, 0.7, 0.6]}
             extra.append(made.event("modelV2", seen, made.BOOT_US + frame * made.FRAME_US + 60_000))
         (folder / "qlog").write_bytes((folder / "qlog").read_bytes() + b"".join(extra))
-        ids.append(f"{made.DONGLE}_{log_id}")
+        ids.append(made.recording_id(number))
     return ids
 
 
@@ -92,16 +90,6 @@ def tiny_student(family: str = "resnet", *, cameras: str = FRONT, mode: str = "f
         "train": DistillTrain(**{**steps, "workers": 0, **changes.pop("train", {})}),
     }
     return Distill(**{**values, **changes})
-
-
-def tree(folder: Path) -> dict[str, str]:
-    """The hash of every file in a folder."""
-    return {str(path.relative_to(folder)): sha256_of(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def stamps(folder: Path) -> dict[Path, int]:
-    """When everything in a folder was last written."""
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
 def kill_recipe(mode: str) -> Distill:

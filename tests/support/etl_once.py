@@ -16,14 +16,17 @@ from omni_cli.formats.video import decoder_id
 from omni_cli.recipe import SplitSettings
 from omni_cli.report import Console
 from omni_cli.samples.tables import EGO_MOTION_COLUMNS
+from omni_cli.samples.windows import TableMaker, choose_windows
 from omni_cli.stages.etl import EtlRequest, etl
 from tests.support.drives import preprocess
+from tests.support.folders import tree
 from tests.support.poison import poisoned_tables
 
 
 class Sample(Settings):
     stride: int = 4
     rate_hz: float = 10.0
+    camera: str = "qcamera"
 
 
 class Quick(Settings):
@@ -36,7 +39,7 @@ class Quick(Settings):
 
     def preprocess(self):
         return preprocess(
-            cameras=("qcamera",),
+            cameras=(self.sample.camera,),
             columns=1,
             canvas_width_px=56,
             rate_hz=self.sample.rate_hz,
@@ -47,16 +50,29 @@ class Quick(Settings):
         return EGO_MOTION_COLUMNS
 
     def table_maker(self):
-        return partial(poisoned_tables, poison=self.poison, stride=self.sample.stride)
+        stride = self.sample.stride
+        choose = partial(choose_windows, stride=stride, max_age_us=100_000)
+        return TableMaker(choose, partial(poisoned_tables, poison=self.poison, stride=stride))
 
     def notes(self):
         return ("a note of the recipe",)
 
 
 def run(data: Path, out: Path, *, poison: dict[str, str] | None = None, quiet: bool = False, **options) -> dict:
-    sample = Sample(rate_hz=options.pop("rate_hz", 10.0))
+    sample = Sample(**{name: options.pop(name) for name in Sample.model_fields if name in options})
     request = EtlRequest(data=data, out=out, **{"max_refused": 0.5, **options})
     return etl(Quick(poison=poison or {}, sample=sample), request, Console(quiet=quiet))
+
+
+def command(data: Path, out: Path, **options) -> list[str]:
+    """What runs such a process."""
+    return [sys.executable, "-m", "tests.support.etl_once", str(data), str(out), json.dumps(options)]
+
+
+def undisturbed(data: Path, folder: Path) -> dict[str, str]:
+    """The hashes of the shards that are made where nothing goes wrong."""
+    run(data, folder / "shards", workers=0, quiet=True)
+    return tree(folder / "shards")
 
 
 def main(data: str, out: str, options: dict) -> int:

@@ -160,6 +160,22 @@ def write_route(folder: Path, counts: Sequence[int], *, first_segment: int = 0) 
     ]
 
 
+def drive_folder(data: Path, number: int) -> Path:
+    """Where the one segment of a drive lies under DATA/raw/openpilot."""
+    return data / "raw" / "openpilot" / DONGLE / f"{number:08x}--0696c823fa--0"
+
+
+def recording_id(number: int) -> str:
+    return f"{DONGLE}_{number:08x}--0696c823fa--0"
+
+
+def write_drives(data: Path, count: int) -> Path:
+    """Write so many drives of one segment each, none as long as another, under DATA/raw/openpilot; return DATA."""
+    for number in range(count):
+        write_segment(drive_folder(data, number), 40 + 4 * number)
+    return data
+
+
 def copied_frames(content: bytes, first: int, end: int) -> bytes:
     """Frames first..end-1 of an MPEG-TS without B-frames, packet by packet; `first` must be a keyframe."""
     copy = io.BytesIO()

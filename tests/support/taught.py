@@ -26,10 +26,10 @@ def comma(paths: Iterable[Path | str]) -> str:
     return ",".join(map(str, paths))
 
 
-def write_bright_drives(data: Path, *, clips: int, seconds: float) -> None:
+def write_bright_drives(data: Path, *, clips: int, seconds: float) -> Path:
     """Write 2 x `clips` drives in PhysicalAI-AV's layout: pictures that brighten and darken within 5 to 10 s.
 
-    The car creeps along the same bend in all of them: only the pictures differ.
+    The car creeps along the same bend in all of them: only the pictures differ. Returns DATA.
     """
     spec = SyntheticSpec(clips_per_chunk=clips, seconds=seconds, fps=FPS, width_px=32, height_px=18, cameras=(FRONT,))
     root = data / "raw" / "synthetic"
@@ -37,6 +37,7 @@ def write_bright_drives(data: Path, *, clips: int, seconds: float) -> None:
         made = [_bright(render_clip(spec, chunk, index), spec, (chunk, index)) for index in range(clips)]
         write_chunk(root, spec, chunk, made)
     write_indices(root, spec, (0, 1))
+    return data
 
 
 def student_of(paths: Iterable[Path | str], **changes) -> Distill:
