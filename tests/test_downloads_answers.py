@@ -173,6 +173,7 @@ def refusal(**headers):
         ({"Retry_After": "Sun, 06 Nov 1994 08:49:37 GMT"}, 0),  # it is over, by this machine's clock
         ({"Retry_After": "Sun, 06 Nov 1994 08:49:37 GMT", "Date": "Sun, 06 Nov 1994 09:49:07 GMT"}, 0),
         ({"Retry_After": "Sun, 06 Nov 99999999999 08:49:37 GMT"}, 0),
+        ({"Retry_After": "Fri, 31 Dec 9999 23:59:59 GMT"}, 86_400),
         ({"Retry_After": "soon"}, 0),
         ({"Retry_After": "9" * 500}, 86_400),
         ({"RateLimit": f'"api";r=0;t={"9" * 400}'}, 86_401),

@@ -15,7 +15,9 @@ from omni_cli.samples.shards import open_shards
 from omni_cli.sources.index_names import unsafe_clips, unsafe_index_names
 from omni_cli.sources.physical_ai_av import PhysicalAiAv
 from omni_cli.stages.audit import AuditRequest, audit
+from omni_cli.stages.checks.repository import read_repository
 from omni_cli.stages.etl import EtlRequest, etl
+from omni_cli.stages.fetch.tables import chunk_of_clip
 from tests.support import pai
 from tests.support.clips import CLIPS, FAR, FRONT, folder_of, get, members_of, spoil, zip_of
 from tests.support.plain_recipe import SAMPLE, Plain
@@ -124,6 +126,39 @@ def test_a_reader_takes_no_chunk_that_is_no_number(tmp_path, chunk):
     pq.write_table(pa.table({**table, "chunk": [chunk] * len(table["chunk"])}), tmp_path / CLIP_INDEX_FILE)
     with pytest.raises(DataError, match=r"in chunk .*; a chunk's number is 0 to 9999: fetch it again"):
         PhysicalAiAv(tmp_path).recordings()
+
+
+def not_utf8(count):
+    """Texts of one byte that begins no letter."""
+    offsets = pa.array(range(count + 1), pa.int32()).buffers()[1]
+    return pa.StringArray.from_buffers(count, offsets, pa.py_buffer(b"\xff" * count))
+
+
+READERS = {
+    "fetch": lambda root: chunk_of_clip(root / CLIP_INDEX_FILE),
+    "etl": lambda root: PhysicalAiAv(root).recordings(),
+    "audit": lambda root: read_repository(root, None),
+}
+
+
+@pytest.mark.fault("F14")
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("column", [pa.array([["a"], ["b"]]), pa.array([{"a": 1}] * 2), not_utf8(2)], ids=range(3))
+def test_ids_that_are_no_texts_are_refused(tmp_path, column, reader):
+    pai.write_repository(tmp_path)
+    table = pq.read_table(tmp_path / CLIP_INDEX_FILE).to_pydict()
+    pq.write_table(pa.table({**table, "clip_id": column}), tmp_path / CLIP_INDEX_FILE)
+    with pytest.raises(DataError, match=r"lists or structures; |Invalid UTF8 .*; fetch it again"):
+        READERS[reader](tmp_path)
+    assert list(unsafe_index_names(tmp_path)) == [CLIP_INDEX_FILE]
+
+
+def test_files_that_are_gone_are_not_told_as_unsafe(hub, tmp_path):
+    tables_with(hub, CLIP_INDEX_FILE, "con")
+    for path in [path for path in hub.stored if "chunk_0001" in path]:
+        del hub.stored[path]
+    with pytest.raises(DataError, match=r"none of the \d+ files of chunks 1-1 exist"):
+        get(tmp_path, chunks="1-1", clips=())
 
 
 @pytest.mark.fault("F14")

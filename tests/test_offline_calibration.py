@@ -191,7 +191,13 @@ def nested(table):
     table["model_parameters"] = ["[" * 90_000 for _ in table["model_parameters"]]
 
 
+def flat(table):
+    said = map(json.loads, table["model_parameters"])
+    table["model_parameters"] = [json.dumps({**one, "linear_cde": [0.5, 1.0, 0.5]}) for one in said]
+
+
 DAMAGE = {
+    "flat": (LENSES, flat, "lays the picture on a line"),
     "lost": (LENSES, lost, rf"camera_intrinsics\.offline\.chunk_0000\.parquet: no row for {WIDE} of clip {CLIP}"),
     "twice": (LENSES, twice, "1 cameras have two rows"),
     "nested": (LENSES, nested, "model_parameters is no JSON object"),

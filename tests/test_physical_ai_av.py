@@ -21,7 +21,7 @@ from omni_cli.scene.recording import CameraStream
 from omni_cli.sources import open_source
 from omni_cli.sources.physical_ai_av import PhysicalAiAv
 from omni_cli.world.dataset import SyntheticSpec, clip_id, render_clip, write_chunk, write_indices
-from tests.support import drives
+from tests.support import drives, pai
 
 FRONT, LEFT = "camera_front_wide_120fov", "camera_cross_left_120fov"
 SPEC = SyntheticSpec(
@@ -291,6 +291,15 @@ def test_members_whose_places_were_swapped_are_refused(copy):
     path.write_bytes(content)
     with pytest.raises(DataError, match="is not where the directory says"):
         PhysicalAiAv(copy).open(CLIPS[0], (FRONT,))
+
+
+def test_what_is_kept_does_not_grow_with_the_chunks_that_were_read(tmp_path):
+    """A worker reads of thousands of chunks in one life."""
+    reader, kept = PhysicalAiAv(pai.write_repository(tmp_path, chunks=4)), []
+    for chunk in (0, 1, 2, 3, 0):
+        reader.open(pai.clip_ids(chunk)[1])
+        kept.append(len(pickle.dumps(reader)))
+    assert max(kept) < 1.01 * kept[0]
 
 
 def test_a_missing_member_is_named(copy):

@@ -7,11 +7,14 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import pytest
 
+from omni_cli import files
 from omni_cli.errors import OmniError
 from omni_cli.report import Console
+from omni_cli.sources.quarantine import read_quarantine
 from omni_cli.stages import raw_lock
 from omni_cli.stages.audit import AuditRequest, audit
 from omni_cli.stages.bench.inputs import Inputs
@@ -84,7 +87,7 @@ def wait_until(is_so):
 
 @contextmanager
 def held_elsewhere(raw, *, seconds=60.0, anew=""):
-    words = [sys.executable, "-c", HOLD, "omni", "fetch", str(raw), str(seconds), anew]
+    words = [sys.executable, "-c", HOLD, "omni", "fetch", str(raw), str(seconds), anew, b"\xe4"]  # no UTF-8
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"
         yield process
@@ -118,10 +121,21 @@ def test_a_quarantine_moves_nothing_that_an_etl_reads(data, tmp_path):
     request = AuditRequest(raw_of(data), quarantine=True)
     with etl_elsewhere(data, "first", tmp_path) as process:
         chunk.write_bytes(chunk.read_bytes()[:1000])
+        page = tmp_path / "report.html"  # what was found in hours of looking is told all the same
         with pytest.raises(OmniError, match=f"process {process.pid}"):
-            audit(request, QUIET)
+            audit(replace(request, report=page), QUIET)
         assert chunk.exists()
+        assert "unreadable-zip" in page.read_text()
     assert audit(request, QUIET)["moved"] == [str(chunk)]
+
+
+def test_a_recording_is_listed_beside_an_etl(data, tmp_path):
+    chunk = pai.zip_path(raw_of(data), pai.REAR)
+    with etl_elsewhere(data, "first", tmp_path):
+        pai.edit_zip(chunk, {pai.member(pai.REAR, "video", CLIPS[1]): b"no video"})
+        files.write_receipt(chunk)
+        result = audit(AuditRequest(raw_of(data), quarantine=True), QUIET)
+    assert (result["moved"], list(read_quarantine(raw_of(data)))) == ([], [CLIPS[1]])
 
 
 def test_two_that_read_stop_a_purge_and_both_are_named(data, tmp_path):

@@ -1,6 +1,7 @@
 """Training: what it proves, what it refuses, and that being killed changes nothing."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -131,6 +132,16 @@ def test_sigterm_and_ctrl_c_save_what_was_learned(warm, tmp_path, shards, sent, 
     assert process.wait() == code
     run_key = runs.open_run(tmp_path / "r").manifest.key()
     assert 3 <= checkpoints.find_start(tmp_path / "r" / "checkpoints", run_key).step < STEPS
+
+
+@pytest.mark.fault("F22")
+def test_a_tmpdir_too_long_for_a_socket_is_no_fault_of_the_loader(warm, tmp_path, shards) -> None:
+    folder = tmp_path / ("x" * 90)
+    folder.mkdir()
+    words = [str(tmp_path), str(shards["qwen2_5_vl"]), "qwen2_5_vl", "lora", "cosine", "2", "1"]
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    process = warm.start("tests.support.train_once", *words, environment=environment)
+    assert process.wait() == 0, process.stderr
 
 
 @pytest.mark.fault("F26")

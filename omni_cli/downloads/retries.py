@@ -140,7 +140,9 @@ def asked_pause_s(cause: BaseException) -> float:
     if asked.isascii() and asked.isdigit():
         return min(float(asked), _DAY_S)
     until_s = _http_date_s(asked)
-    return 0.0 if until_s is None else max(0.0, until_s - (_http_date_s(headers.get("Date", "")) or time()))
+    if until_s is None:
+        return 0.0
+    return min(max(0.0, until_s - (_http_date_s(headers.get("Date", "")) or time())), _DAY_S)
 
 
 def _http_date_s(text: str) -> float | None:

@@ -16,6 +16,7 @@ from omni_cli.scene.cameras import ExactPoly, FTheta
 _EXACT: Mapping[str, ExactPoly] = {"ANGLE_TO_PIXELDIST": "forward", "PIXELDIST_TO_ANGLE": "backward"}
 _MAX_CHARACTERS = 100_000
 _MAX_COEFFICIENTS = 6
+_LEAST_AREA = 1e-6  # of the picture of a square pixel
 
 
 class UnknownLensError(DataError):
@@ -61,6 +62,8 @@ def offline_camera_model(model_type: str, parameters: str, name: str) -> FTheta:
     ):
         raise DataError(f"{name}: expected 3 linear and 2 to {_MAX_COEFFICIENTS} coefficients each; fetch it again")
     c, d, e = linear if any(linear) else (1.0, 0.0, 0.0)  # all zero says that there is none
+    if abs(c - d * e) < _LEAST_AREA:
+        raise DataError(f"{name}: linear_cde {linear} lays the picture on a line; fetch it again")
     return FTheta(width, height, cx, cy, forward, backward, max_angle, (c, d, e), exact)
 
 

@@ -41,7 +41,7 @@ class Calibrated:
 
 
 class CalibrationTables:
-    """Reads the tables of one folder. They are kept once read; it can be pickled."""
+    """Reads the tables of one folder. They are kept once read, until `forget`; it can be pickled."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -61,6 +61,10 @@ class CalibrationTables:
                 barred = f": the offline one is {error.kind}, which omni does not apply"
         online = self._online(clip_id, chunk, camera)
         return Calibrated(online, f"{'online' if online else 'its tables were not fetched'}{barred}")
+
+    def forget(self) -> None:
+        """Let go of the chunks' tables."""
+        self._read.clear()
 
     def _why_not_offline(self, clip_id: str, chunk: int) -> str | None:
         """Return why the offline calibration is not to be used, empty where there is none; None where it is."""

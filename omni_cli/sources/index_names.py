@@ -71,9 +71,7 @@ def _unsafe_names(root: Path, index: str) -> dict[str, str]:
 def _of_features(path: Path) -> Iterator[tuple[str, str]]:
     for row in _rows(path):
         for name in _names(row):
-            filled = name.replace("{chunk_id:04d}", "0000").replace(
-                "{clip_id}", "0"
-            )  # str.format would read attributes
+            filled = name.replace("{chunk_id:04d}", "0000").replace("{clip_id}", "0")  # format() would read attributes
             if not _PATH.fullmatch(filled) or _DEVICE.search(filled):
                 yield f"{FEATURES_FILE}: {shown(name)}", "not a plain path inside the folder"
 

@@ -24,7 +24,8 @@ def read_table(source: Path | bytes, name: str, columns: Iterable[str]) -> pa.Ta
         columns: the columns that must be there; all others are left unread.
 
     Raises:
-        DataError: it is no parquet file, a column is missing, or it would unpack to more than `MAX_BYTES`.
+        DataError: it is no parquet file, a column is missing or nested, a text is not UTF-8, or it would unpack to more
+            than `MAX_BYTES`.
     """
     try:
         with pq.ParquetFile(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
@@ -36,12 +37,16 @@ def read_table(source: Path | bytes, name: str, columns: Iterable[str]) -> pa.Ta
             wanted, there = list(columns), file.schema_arrow.names
             if missing := [column for column in wanted if column not in there]:
                 raise DataError(f"{name}: has no column {missing[0]!r}, it has {', '.join(there)}; fetch it again")
-            return file.read(columns=wanted)
+            table = file.read(columns=wanted)
+            table.validate(full=True)  # a text that is not UTF-8
     except FileNotFoundError:
         raise DataError(f"{name}: no such file; fetch it with omni fetch") from None
     except (pa.ArrowException, OSError) as error:
         first_line = str(error).partition("\n")[0]
         raise DataError(f"{name}: not a readable parquet file ({first_line}); fetch it again") from None
+    if nested := [field.name for field in table.schema if pa.types.is_nested(field.type)]:
+        raise DataError(f"{name}: column {nested[0]!r} holds lists or structures; fetch it again")
+    return table
 
 
 def timestamps(table: pa.Table, column: str, name: str) -> Int64Array:

@@ -42,13 +42,18 @@ class _Entry:
 
 
 class PhysicalAiAv:
-    """Reads one folder. Directories of chunk files and calibration tables are kept once read; it can be pickled."""
+    """Reads one folder. It can be pickled.
+
+    Directories of zips and calibration tables are kept of the chunk that was read last: recordings come by chunk, and
+    those of the whole dataset are gigabytes.
+    """
 
     known_cameras: ClassVar[tuple[str, ...]] = tuple(layout.CAMERAS)
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         self._directories: dict[Path, ZipDirectory] = {}
+        self._chunk: int | None = None  # of these directories
 
     @cached_property
     def root(self) -> Path:
@@ -97,6 +102,7 @@ class PhysicalAiAv:
                 f"{self.root}: no clip {recording_id} in {layout.CLIP_INDEX_FILE}; check the id, or fetch it"
             )
         chunk = self._index[recording_id].chunk
+        self._turn_to(chunk)
         names = self._cameras_of(recording_id, chunk) if cameras is None else cameras
         streams = {name: self._camera(recording_id, chunk, name) for name in names}
         if not streams:
@@ -137,6 +143,12 @@ class PhysicalAiAv:
 
     def _chunk_file(self, feature: str, chunk: int) -> Path:
         return self.root / layout.FEATURES[feature].chunk_path(chunk)
+
+    def _turn_to(self, chunk: int) -> None:
+        if chunk != self._chunk:
+            self._directories.clear()
+            self._calibrations.forget()
+            self._chunk = chunk
 
     def _directory(self, feature: str, chunk: int) -> ZipDirectory:
         path = self._chunk_file(feature, chunk)

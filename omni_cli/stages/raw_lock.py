@@ -14,7 +14,7 @@ import itertools
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from omni_cli.errors import OmniError
@@ -93,7 +93,8 @@ def _holders(descriptor: int) -> str:
 
 def _named(pid: int) -> str:
     """Return the number of a process, and the verb of omni that it runs where its command line tells."""
-    command = Path(f"/proc/{pid}/cmdline")
-    words = command.read_text().split("\0") if command.is_file() else []
+    words: list[str] = []
+    with suppress(OSError):  # it has just ended, or is not ours to look at
+        words = os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes()).split("\0")
     verbs = [verb for program, verb in itertools.pairwise(words) if Path(program).name in _PROGRAMS]
     return f"omni {verbs[0]} (process {pid})" if verbs and verbs[0] else f"process {pid}"

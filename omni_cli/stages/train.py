@@ -35,6 +35,7 @@ from omni_cli.stages.trainer import (
     compose_trainer,
     trainer_arguments,
 )
+from omni_cli.stages.worker import place_sockets
 
 _MORE_LABELS = "make other shards with omni etl, with fewer filters, a shorter warm-up of windows, or another teacher"
 
@@ -211,6 +212,8 @@ def _take_steps(
 ) -> None:
     """Train to the last step, or until a signal comes."""
     steps = trainer.args.max_steps
+    if trainer.args.dataloader_num_workers:
+        place_sockets()
     if (gpus := torch.cuda.device_count()) > 1:
         console.say(f"training on one of {gpus} GPUs; CUDA_VISIBLE_DEVICES chooses which")
     with console.progress("train", steps - start.step, "steps") as bar:

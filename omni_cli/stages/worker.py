@@ -16,9 +16,9 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing import util
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -127,27 +127,29 @@ def spawn(function: Callable[[Any], Any], memory_bytes: int | None) -> Worker:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
+    place_sockets()
     ours, theirs = context.Pipe()
     stderr, their_stderr = context.Pipe(duplex=False)
     os.set_blocking(stderr.fileno(), False)
     process = context.Process(
         target=_work, args=(theirs, their_stderr, pickle.dumps(function), memory_bytes), daemon=True
     )
-    with _short_tempdir():
-        process.start()
+    process.start()
     theirs.close()
     their_stderr.close()
     return Worker(ours, process, stderr)
 
 
-@contextmanager
-def _short_tempdir() -> Iterator[None]:
-    """Let the forkserver listen in /tmp where TMPDIR is too long for the name of a socket (unix(7): 108 bytes)."""
+def place_sockets() -> None:
+    """Have multiprocessing name its sockets in /tmp where TMPDIR is too long for that (unix(7): 108 bytes).
+
+    It chooses a folder once, and tells it to every process that is made later.
+    """
     before = tempfile.tempdir
     if len(os.fsencode(tempfile.gettempdir())) > _LONGEST_TEMPDIR:
         tempfile.tempdir = "/tmp"
     try:
-        yield
+        util.get_temp_dir()
     finally:
         tempfile.tempdir = before
 

@@ -16,11 +16,11 @@ from omni_cli.formats.video import decoder_id
 from omni_cli.recipe import SplitSettings
 from omni_cli.report import Console
 from omni_cli.samples.tables import EGO_MOTION_COLUMNS
-from omni_cli.samples.windows import TableMaker, choose_windows
+from omni_cli.samples.windows import TableMaker
 from omni_cli.stages.etl import EtlRequest, etl
 from tests.support.drives import preprocess
 from tests.support.folders import tree
-from tests.support.poison import poisoned_tables
+from tests.support.poison import poisoned_tables, poisoned_windows
 
 
 class Sample(Settings):
@@ -50,9 +50,8 @@ class Quick(Settings):
         return EGO_MOTION_COLUMNS
 
     def table_maker(self):
-        stride = self.sample.stride
-        choose = partial(choose_windows, stride=stride, max_age_us=100_000)
-        return TableMaker(choose, partial(poisoned_tables, poison=self.poison, stride=stride))
+        how = {"poison": self.poison, "stride": self.sample.stride}
+        return TableMaker(partial(poisoned_windows, **how), partial(poisoned_tables, **how))
 
     def notes(self):
         return ("a note of the recipe",)

@@ -65,7 +65,7 @@ def make_run(folder: Path, recipe: Vlm, *, data: Path, name: str = "run") -> Mad
     return Made(recipe, data, shards, runs.open_finished(Path(trained["run"])))
 
 
-def kill_recipe(family: str, mode: str, schedule: str, steps: int) -> Vlm:
+def kill_recipe(family: str, mode: str, schedule: str, steps: int, workers: int = 0) -> Vlm:
     """A recipe whose training takes long enough to be killed, and saves often."""
     train_settings = VlmTrain(
         batch_size=2,
@@ -75,7 +75,7 @@ def kill_recipe(family: str, mode: str, schedule: str, steps: int) -> Vlm:
         gradient_checkpointing=False,
         save_steps=3,
         log_steps=3,
-        workers=0,
+        workers=workers,
     )
     tune = VlmTune(mode=mode, rank=4, alpha=8, dropout=0.1 if mode == "lora" else 0.0)
     return tiny_recipe(family, mode=mode, train=train_settings, tune=tune)

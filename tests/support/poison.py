@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from omni_cli.samples.windows import ego_motion_tables
+from omni_cli.samples.windows import choose_windows, ego_motion_tables
 
 
 def poisoned_tables(recording, preprocess, *, assign_split, poison, stride):
@@ -25,6 +25,13 @@ def poisoned_tables(recording, preprocess, *, assign_split, poison, stride):
                 stream.write("x")
         misbehave(kind)
     return ego_motion_tables(recording, preprocess, stride=stride, max_age_us=100_000, assign_split=assign_split)
+
+
+def poisoned_windows(recording, preprocess, *, assign_split, poison, stride):
+    """Choose the windows; `raise` strikes here already, before a worker has it."""
+    if poison.get(recording.id) == "raise":
+        misbehave("raise")
+    return choose_windows(recording, preprocess, stride=stride, max_age_us=100_000, assign_split=assign_split)
 
 
 def misbehave(kind):

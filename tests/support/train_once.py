@@ -1,4 +1,4 @@
-"""Train in a process of its own, so that it can be killed: RUNS SHARDS FAMILY MODE SCHEDULE STEPS."""
+"""Train in a process of its own, so that it can be killed: RUNS SHARDS FAMILY MODE SCHEDULE STEPS [WORKERS]."""
 
 import sys
 from pathlib import Path
@@ -9,8 +9,8 @@ from omni_cli.stages.train import TrainRequest, train
 from tests.support.pipeline import QUIET, kill_recipe
 
 if __name__ == "__main__":
-    runs, shards, family, mode, schedule, steps = sys.argv[1:]
-    recipe = kill_recipe(family, mode, schedule, int(steps))
+    runs, shards, family, mode, schedule, *numbers = sys.argv[1:]
+    recipe = kill_recipe(family, mode, schedule, *map(int, numbers))
     try:
         train(recipe, TrainRequest(Path(shards), Path(runs), Path(runs), "r", "t"), QUIET)
     except OmniError as error:

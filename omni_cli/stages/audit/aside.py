@@ -7,6 +7,7 @@ whose files belong to one segment each, runs and exports nothing is moved: their
 
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -49,7 +50,7 @@ def set_aside(
         What was moved, relative to the folder, and how many recordings were listed.
 
     Raises:
-        OmniError: another omni works on the folder, or reads it.
+        OmniError: another omni works on the folder, or reads what is to be moved.
     """
     damaged = _damaged(kind, folder, findings)
     known = read_quarantine(folder)
@@ -57,7 +58,7 @@ def set_aside(
     barred = {recording: why for recording, why in told.items() if recording not in known}
     if not damaged and not barred:
         return [], 0
-    with alone(folder), files.exclusive(folder, "working on"):
+    with alone(folder) if damaged else nullcontext(), files.exclusive(folder, "working on"):
         for name, about in damaged.items():
             clips = {finding.recording for finding in about if finding.recording} | _recordings_in(folder / name, units)
             move_to_quarantine(folder, name, f"{about[0].code}: {about[0].detail}", clips)

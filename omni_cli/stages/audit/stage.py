@@ -9,7 +9,7 @@ from typing import Any
 
 from omni_cli import files
 from omni_cli.config import nearest
-from omni_cli.errors import DataError, UsageError
+from omni_cli.errors import DataError, OmniError, UsageError
 from omni_cli.formats import comma2k19, dgp, openpilot, physical_ai_av
 from omni_cli.report import Console
 from omni_cli.samples.shards import ShardSet, frames_path, open_shards
@@ -72,6 +72,7 @@ class Audited:
     read: Read = field(default_factory=Read)
     moved: list[str] = field(default_factory=list)
     listed: int = 0  # recordings that were put into quarantine
+    hindered: OmniError | None = None  # what kept them out of it
 
     @property
     def recordings(self) -> tuple[str, ...]:
@@ -105,6 +106,9 @@ def audit(request: AuditRequest, console: Console) -> dict[str, Any]:
     }
     report = write_report(request.report, result, audited, console) if request.report else None
     _tell(request, result, findings, console)
+    for one in audited:  # at the end: hours of looking are not lost
+        if one.hindered:
+            raise one.hindered
     return {**result, "report": str(report) if report else None, "findings": [one.as_json() for one in findings]}
 
 
@@ -136,11 +140,19 @@ def _audit_folder(kind: str, folder: Path, request: AuditRequest, subset: Subset
     with reading(folder):
         audited = _checked(kind, folder, request, subset, console)
     if request.quarantine:
-        audited.moved, audited.listed = set_aside(kind, folder, audited.findings, audited.units)
-        if audited.moved or audited.listed:
-            told = f"moved {len(audited.moved)} damaged files aside, listed {audited.listed} recordings"
-            console.say(f"{told}: {folder / QUARANTINE_FILE}")
+        _set_aside(audited, console)
     return audited
+
+
+def _set_aside(audited: Audited, console: Console) -> None:
+    kind, folder = audited.kind, audited.folder
+    try:
+        audited.moved, audited.listed = set_aside(kind, folder, audited.findings, audited.units)
+    except OmniError as error:
+        audited.hindered = error
+    if audited.moved or audited.listed:
+        told = f"moved {len(audited.moved)} damaged files aside, listed {audited.listed} recordings"
+        console.say(f"{told}: {folder / QUARANTINE_FILE}")
 
 
 def _checked(kind: str, folder: Path, request: AuditRequest, subset: Subset, console: Console) -> Audited:

@@ -198,6 +198,7 @@ def _of_clips(present: dict[str, frozenset[str]] | None, clips: tuple[str, ...])
 def _read_index(path: Path, columns: tuple[str, ...]) -> pa.Table:
     try:
         table = pq.read_table(path)
+        table.validate(full=True)  # a text that is not UTF-8
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable Parquet table ({error}); fetch it again") from None
     if missing := [name for name in columns if name not in table.column_names]:

@@ -63,7 +63,7 @@ class _Sample:
 
 
 def estimate(job: Job, units: Sequence[Unit], most_opened: int = _OPENED) -> Estimate:
-    """Estimate what `units` become. Recordings that cannot be opened count as nothing.
+    """Estimate what `units` become. Recordings that cannot be opened or planned count as nothing.
 
     Args:
         job: what etl does.
@@ -143,13 +143,18 @@ def _room(out: Path) -> tuple[Path, int, int | None]:
 
 
 def _one(job: Job, unit: Unit) -> _Sample | None:
-    preprocess = job.preprocess
+    """Look at one recording; None where that fails, whatever fails: a worker tells of it, and goes on without it."""
     try:
-        recording = job.reader.open(unit.recording_id, preprocess.cameras)
-        first_us, last_us = span_us(recording, preprocess.cameras)
-        peak = peak_bytes(recording, preprocess)
-    except (DataError, OSError):
+        return _looked_at(job, unit)
+    except Exception:
         return None
+
+
+def _looked_at(job: Job, unit: Unit) -> _Sample:
+    preprocess = job.preprocess
+    recording = job.reader.open(unit.recording_id, preprocess.cameras)
+    first_us, last_us = span_us(recording, preprocess.cameras)
+    peak = peak_bytes(recording, preprocess)
     chosen, why_none = _chosen(job, unit, recording)
     windows = Counter(chosen.splits) | Counter({_ANY: len(chosen.splits)})
     instants = {int(instant) for window in chosen.windows for instant in window.instants_us}

@@ -156,8 +156,8 @@ def _plan_chunks(job: Job, index: dict[str, int]) -> tuple[int, ...]:
     cameras = request.cameras or CAMERAS
     paths = chunk_paths(chunks, cameras, request.features)
     remote = list_files(job, paths)
-    if not remote and job.skipped:
-        raise DataError(f"every file asked for is unsafe and skipped, such as {sorted(job.skipped.items())[0]}")
+    if not remote and (unsafe := sorted((path, job.skipped[path]) for path in paths if path in job.skipped)):
+        raise DataError(f"every file asked for is unsafe and skipped, such as {unsafe[0]}")
     if not remote:
         raise DataError(f"none of the {len(paths)} files of chunks {request.chunks or chunks} exist at {job.commit}")
     plan_files(job, remote.values(), clips_by_path(request.clips, index, cameras, request.features))

@@ -88,19 +88,20 @@ def list_files(job: Job, paths: Sequence[str]) -> dict[str, RemoteFile]:
     found = job.hub.list_files(unknown, job.commit) if unknown else {}
     job.absent |= {path: UNLISTED for path in unknown if path not in found}
     listed = known | found
-    job.skipped |= {path: reason for path in listed if (reason := _unsafe_reason(job.folder, path)) is not None}
+    job.skipped |= _unsafe_paths(job.folder, listed)
     return {path: file for path, file in listed.items() if path not in job.skipped}
 
 
-def _unsafe_reason(folder: Path, path: str) -> str | None:
-    """Return why nothing is put at a repository's path, or None where it may be.
+def _unsafe_paths(folder: Path, paths: Iterable[str]) -> dict[str, str]:
+    """Return those of a repository's paths at which nothing is put, and why.
 
     Through a link that leads out of the folder a copy would come to lie where no ledger and no purge looks for it.
     """
-    if (reason := unsafe_path_reason(path)) is not None:
-        return reason
-    parent = (folder / path).parent
-    return None if parent.resolve().is_relative_to(folder.resolve()) else f"{parent} leads out of {folder}: a link"
+    unsafe = {path: reason for path in paths if (reason := unsafe_path_reason(path)) is not None}
+    parents = {path: (folder / path).parent for path in paths if path not in unsafe}
+    inside = folder.resolve()
+    out = {parent for parent in set(parents.values()) if not parent.resolve().is_relative_to(inside)}
+    return unsafe | {path: f"{at} leads out of {folder}: a link" for path, at in parents.items() if at in out}
 
 
 def plan_files(job: Job, remote: Iterable[RemoteFile], clips: Mapping[str, tuple[str, ...]]) -> None:

@@ -2,9 +2,6 @@
 
 from pathlib import Path
 
-import pyarrow
-from pyarrow import parquet
-
 from omni_cli.errors import DataError
 from omni_cli.formats.physical_ai_av import (
     CLIP_INDEX_FILE,
@@ -18,6 +15,7 @@ from omni_cli.formats.physical_ai_av import (
     is_chunk,
 )
 from omni_cli.sources.index_names import shown, unsafe_clips
+from omni_cli.sources.parquet_tables import read_table
 
 REQUIRED_INDICES = (FEATURES_FILE, CLIP_INDEX_FILE)
 INDICES = (*REQUIRED_INDICES, PRESENCE_FILE, LEGACY_PRESENCE_FILE, COLLECTION_FILE, SPLIT_FILE, REASONING_FILE)
@@ -29,12 +27,8 @@ def chunk_of_clip(path: Path) -> dict[str, int]:
     Raises:
         DataError: the table is unreadable, lacks its columns, or holds what is no chunk number.
     """
-    try:
-        table = parquet.read_table(path, columns=["clip_id", "chunk"])
-        index = dict(zip(table["clip_id"].to_pylist(), table["chunk"].to_pylist(), strict=True))
-    except (pyarrow.ArrowException, OSError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{path}: not a clip index with clip_id and chunk columns ({reason}); fetch it again") from None
+    table = read_table(path, str(path), ("clip_id", "chunk"))
+    index = dict(zip(table["clip_id"].to_pylist(), table["chunk"].to_pylist(), strict=True))
     for clip, chunk in index.items():
         if not is_chunk(chunk):
             raise DataError(
