@@ -126,12 +126,12 @@ def test_train_stopped_by_sigterm_exits_with_75_and_other_settings_are_refused(f
         while process.poll() is None and not (history.is_file() and history.read_text()):
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
-        out, said = process.communicate(timeout=60)
+        out, said = process.communicate(timeout=300)
     assert process.returncode == 75, said
     assert re.search(r"^error: stopped at step \d+ of 2000, saved; run the same command again$", said, re.MULTILINE)
     assert json.loads(out)["error"]["kind"] == "Preempted"
     with train_process(folder, steps=3000) as process:
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=300)
     assert process.returncode == 2
     assert re.search(r"^error: .*train\.max_steps: 2000 -> 3000\); use --fresh", said, re.MULTILINE)
 

@@ -232,6 +232,16 @@ def test_a_clip_shorter_than_a_window_is_refused(one_camera, tmp_path):
         ask(one_camera, tmp_path / "out", path)
 
 
+def test_a_clip_slower_than_the_model_looks_is_told_of(one_camera, tmp_path, capsys):
+    path = tmp_path / "slow.mp4"
+    with path.open("wb") as stream:
+        encode_h264(stream, (np.zeros((36, 64, 3), np.uint8) for _ in range(12)), rate_hz=Fraction(5))
+    asked = InferRequest((str(path),), data=tmp_path, out=tmp_path / "out")
+    infer(one_camera.recipe, subject_of_run(one_camera.run), asked, QUIET)
+    said = capsys.readouterr().err
+    assert f"warning: slow: pictures repeat: windows look at 10 Hz, and {FRONT} at 5 Hz sees less often" in said
+
+
 def test_a_model_that_is_told_its_speed_needs_a_recording(data, tmp_path):
     made = make_run(tmp_path, short_answers("1-cam", past_speed=True), data=data)
     name = recording_ids(made)[0]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from omni_cli.errors import DataError, OmniError, UsageError
-from omni_cli.models import adapters, batched_vision, losses, qwen_vl
+from omni_cli.models import adapters, batched_vision, families, losses, qwen_vl
 from omni_cli.models.rope import rope_ids
 from omni_cli.recipes.vlm import Vlm
 
@@ -344,6 +344,8 @@ def test_a_base_that_is_none_says_what_it_is(tmp_path) -> None:
             qwen_vl.weights_fingerprint(str(tmp_path / name))
     with pytest.raises(UsageError, match="model 'runs/absent/final': no such folder here"):
         qwen_vl.weights_fingerprint("runs/absent/final")
+    with pytest.raises(UsageError, match="model runs/absent/export/hf: no such folder; give a folder of weights"):
+        families.model_config("runs/absent/export/hf")
 
 
 def test_four_bits_are_counted_for_what_is_quantised_alone() -> None:

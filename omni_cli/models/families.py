@@ -97,6 +97,11 @@ def is_tiny(model: str) -> bool:
     return model.startswith(TINY_PREFIX)
 
 
+def is_path(model: str) -> bool:
+    """Say whether a model's name can only mean a folder; a hub id has one slash, and no dot or tilde before it."""
+    return model.startswith((".", "/", "~")) or model.count("/") > 1 or model.endswith("/")
+
+
 def family_of(model: str) -> VisionFamily:
     """Return the family of a `tiny:FAMILY`, a published id, a local folder, or any other hub id.
 
@@ -115,7 +120,7 @@ def model_config(model: str) -> PreTrainedConfig:
     Raises:
         OmniError: it is not here and the hub cannot be reached.
     """
-    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
+    if is_path(model) and not Path(model).is_dir():
         known = f"a hub id such as {next(iter(_PUBLISHED))}, or {TINY_PREFIX}{next(iter(FAMILIES))}"
         raise UsageError(f"model {model}: no such folder; give a folder of weights, {known}")
     if model in _PUBLISHED and not Path(model).is_dir():

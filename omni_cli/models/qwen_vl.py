@@ -20,7 +20,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from omni_cli import files
 from omni_cli.errors import DataError, OmniError, UsageError
-from omni_cli.models.families import hub_arguments
+from omni_cli.models.families import hub_arguments, is_path
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # The vision tower and the head stay in 16 bit; "visual" alone would spare nothing (transformers 5.23).
@@ -235,7 +235,7 @@ def weights_fingerprint(source: str) -> str:
 
 
 def _check_hub_id(source: str) -> None:
-    if source.startswith((".", "/", "~")) or source.count("/") > 1 or source.endswith("/"):
+    if is_path(source):
         raise UsageError(f"model {source!r}: no such folder here; expected a folder with weights, or a hub id such as "
                          "ORGANISATION/NAME")  # fmt: skip
 

@@ -101,7 +101,7 @@ def _recording_clip(recording_id: str, preprocess: Preprocess, data: Path, *, ti
         known += ids
     raise UsageError(
         f"no video file {recording_id}, and no recording of that id under {data}; "
-        f"give a clip such as clip.mp4, or an id: {_listed(known)}"
+        f"give a file that is there, or an id: {_listed(known)}"
     )
 
 

@@ -17,6 +17,8 @@ from omni_cli.samples.shards import safe_name
 from omni_cli.scene.recording import Recording
 from omni_cli.stages import runs
 from omni_cli.stages.clips import Clip, find_clips
+from omni_cli.stages.etl.estimate import slow_line
+from omni_cli.stages.etl.identity import slow_cameras
 from omni_cli.stages.models import ModelFolder, check_base, ready_device
 from omni_cli.stages.overlay import Said, write_overlay
 
@@ -119,6 +121,8 @@ class Asker:
     def ask(self, clip: Clip) -> dict[str, Any]:
         """Ask about one clip; write its answers, and the overlay where it is wanted; return what was made."""
         recording = clip.open()
+        if slow_hz := slow_cameras(recording, self.preprocess):
+            self.console.warn(f"{clip.name}: {slow_line(slow_hz, self.preprocess.rate_hz)}")
         stride = self.request.stride or self.recipe.sample.stride
         questions = self.recipe.questions(recording, self.built, self.preprocess, stride)
         answers = self._answers(recording.id, questions)

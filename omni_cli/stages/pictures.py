@@ -58,7 +58,7 @@ def loss_curve(history: Sequence[Mapping[str, float]]) -> Figure:
     """Draw the training loss over steps."""
     figure = Figure(figsize=(5, 3.6), layout="constrained")
     axis = figure.subplots()
-    axis.plot([line["step"] for line in history], [line["loss"] for line in history], color=_BLUE)
+    axis.plot([line["step"] for line in history], [line["loss"] for line in history], ".-", color=_BLUE)
     axis.set_xlabel("optimiser step")
     axis.set_ylabel("training loss")
     return figure

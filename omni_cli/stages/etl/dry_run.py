@@ -41,7 +41,7 @@ def dry_run(recipe: Sampled, request: EtlRequest, console: Console) -> dict[str,
         ("recordings", f"{expected.recordings} in {job.raw}"),
         ("hours of driving, about", f"{expected.hours:.2f}"),
         *((f"windows to {name}, about", expected.windows[split]) for split, name in _PURPOSES),
-        ("disk, at most about", f"{expected.stored_bytes / 2**30:.2f} GiB in {job.out}"),
+        ("disk, about", f"{expected.stored_bytes / 2**30:.2f} GiB in {job.out}"),
         ("memory of a worker, about", f"{expected.worker_bytes / 2**20:.0f} MiB, however long a drive is"),
     ]
     console.table(title, ("what", "value"), rows)
@@ -57,7 +57,7 @@ _PURPOSES = (("train", "train on"), ("val", "measure on"))
 def _foresee(expected: Estimate, plan: Plan, rate_hz: float, console: Console) -> None:
     """Warn of what the real run would warn of."""
     if expected.slow_hz:
-        console.warn(slow_line(expected.slow_hz, rate_hz))
+        console.warn(f"{slow_line(expected.slow_hz, rate_hz)}; lower --rate-hz")
     if expected.why_none and not any(expected.windows.values()):
         console.warn(f"no window in what was looked at; the first is {expected.why_none}")
     for split in SPLITS:

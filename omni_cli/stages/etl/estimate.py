@@ -95,7 +95,7 @@ def _expected(opened: Sequence[_Sample], units: Sequence[Unit], split: str) -> i
 def slow_line(slow_hz: Mapping[str, float], rate_hz: float) -> str:
     """Return what to tell of cameras that see less often than windows look."""
     rates = ", ".join(f"{name} at {rate:.3g} Hz" for name, rate in sorted(slow_hz.items()))
-    return f"pictures repeat: windows look at {rate_hz:g} Hz, and {rates} sees less often; lower --rate-hz"
+    return f"pictures repeat: windows look at {rate_hz:g} Hz, and {rates} sees less often"
 
 
 _TOO_FEW = {

@@ -135,7 +135,7 @@ class _Told:
 
     def end(self, rate_hz: float) -> None:
         if self.slow_hz:
-            self.console.warn(slow_line(self.slow_hz, rate_hz))
+            self.console.warn(f"{slow_line(self.slow_hz, rate_hz)}; lower --rate-hz")
 
 
 def _result(job: Job, outcome: UnitOutcome) -> UnitResult:

@@ -76,7 +76,7 @@ def purge(request: PurgeRequest, console: Console) -> dict[str, Any]:
     result = {"source": request.source, "licence": LICENCE, "dry_run": request.dry_run,
               "copies": [copy.path for copy in copies], "derived_runs": derived}  # fmt: skip
     if request.dry_run:
-        console.say(f"would delete {len(copies)} copies in and of {request.data}")
+        console.say(f"would delete {len(copies)} copies of what lies in {request.data}")
         return {**result, "remaining": [copy.path for copy in copies], "certificate": None}
     with _held(request):
         certificate = _purge(request, copies, console)
