@@ -334,7 +334,7 @@ def test_each_copy_is_told_once():
             camera: PictureFacts(8, 0, 0, (one,) * 8) for camera, one in zip(("front", "rear"), hashes, strict=True)
         }
         times = {camera: np.arange(8) * 100_000 for camera in shown}
-        return RecordingFacts(name, camera_facts(times, shown, {}))
+        return RecordingFacts(name, camera_facts(times, shown, {}, {}))
 
     told = [facts(f"copy-{n}", 2**60 + 5, 99) for n in range(20)] + [facts("front-alone", 2**60 + 5, 2**63 - 1)]
     found = [(one.code, one.recording, one.detail.split()[2]) for one in duplicate_findings(told)]

@@ -19,6 +19,8 @@ from omni_cli.formats.containers import FileSlice, video_stream
 from omni_cli.scene.recording import VideoLocation
 
 THUMB_WIDTH_PX, THUMB_HEIGHT_PX = 36, 32  # nine columns and eight rows of four, for a difference hash
+WIDE_FACTOR = 4  # columns of a wide picture in one of a thumb: enough to see small turns in
+WIDE_WIDTH_PX = THUMB_WIDTH_PX * WIDE_FACTOR
 _SNAPSHOT_WIDTH_PX = 320
 _STRICT = {"err_detect": "explode"}  # a decoder that conceals some damage otherwise says so
 _REMEDY = "check the file or fetch it again"
@@ -43,6 +45,7 @@ class Examined:
 
     pts: tuple[int | None, ...]  # of each frame, in the order of presentation
     thumbs: npt.NDArray[np.uint8]  # (n, THUMB_HEIGHT_PX, THUMB_WIDTH_PX) luma, 16 is black
+    wides: npt.NDArray[np.uint8]  # (n, THUMB_HEIGHT_PX, WIDE_WIDTH_PX) luma, of which the thumbs are means
     corrupt: tuple[int, ...]  # frames that the decoder marks as damaged
     sizes: tuple[tuple[int, int, str], ...]  # every (width, height, pixel format) that occurs, in order
     rotation_deg: int  # that a player applies, and omni does not
@@ -105,7 +108,7 @@ def examine(content: bytes, name: str) -> Examined:
 
 def _examined(content: bytes, name: str, options: dict[str, str]) -> Examined:
     pts: list[int | None] = []
-    thumbs: list[npt.NDArray[np.uint8]] = []
+    wides: list[npt.NDArray[np.uint8]] = []
     corrupt: list[int] = []
     sizes: dict[tuple[int, int, str], None] = {}
     rotation_deg, error, scaler = 0, "", _Scaler()
@@ -113,15 +116,21 @@ def _examined(content: bytes, name: str, options: dict[str, str]) -> Examined:
         for number, frame in enumerate(_frames(content, name, options)):
             pts.append(frame.pts)
             sizes[frame.width, frame.height, frame.format.name] = None
-            thumbs.append(scaler.thumb(frame))
+            wides.append(scaler.wide(frame))
             rotation_deg = rotation_deg or int(frame.rotation)
             if frame.is_corrupt:
                 corrupt.append(number)
     except av.FFmpegError as failure:
         error = f"{failure.strerror} after {len(pts)} frames"
-    shape = (-1, THUMB_HEIGHT_PX, THUMB_WIDTH_PX)
-    pictures = np.array(thumbs, dtype=np.uint8).reshape(shape)
-    return Examined(tuple(pts), pictures, tuple(corrupt), tuple(sizes), rotation_deg, error, concealed="")
+    pictures = np.array(wides, dtype=np.uint8).reshape(-1, THUMB_HEIGHT_PX, WIDE_WIDTH_PX)
+    told = (tuple(corrupt), tuple(sizes), rotation_deg, error)
+    return Examined(tuple(pts), _thumbs(pictures), pictures, *told, concealed="")
+
+
+def _thumbs(wides: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Return the rounded means of each `WIDE_FACTOR` columns."""
+    columns = wides.reshape(-1, THUMB_HEIGHT_PX, THUMB_WIDTH_PX, WIDE_FACTOR)
+    return np.asarray((columns.sum(axis=3, dtype=np.uint16) + WIDE_FACTOR // 2) // WIDE_FACTOR, dtype=np.uint8)
 
 
 def _frames(content: bytes, name: str, options: dict[str, str]) -> Iterator[av.VideoFrame]:
@@ -138,19 +147,19 @@ class _Scaler:
     def __init__(self) -> None:
         self._graphs: dict[tuple[int, int, str], av.filter.Graph] = {}
 
-    def thumb(self, frame: av.VideoFrame) -> npt.NDArray[np.uint8]:
+    def wide(self, frame: av.VideoFrame) -> npt.NDArray[np.uint8]:
         graph = self._graph(frame)
         graph.push(frame)
         plane = graph.vpull().planes[0]
         rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
-        return rows[:THUMB_HEIGHT_PX, :THUMB_WIDTH_PX].copy()
+        return rows[:THUMB_HEIGHT_PX, :WIDE_WIDTH_PX].copy()
 
     def _graph(self, frame: av.VideoFrame) -> av.filter.Graph:
         key = (frame.width, frame.height, frame.format.name)
         if key not in self._graphs:
             graph = av.filter.Graph()
             source = graph.add_buffer(width=key[0], height=key[1], format=key[2], time_base=Fraction(1, 1000))
-            scale = graph.add("scale", f"{THUMB_WIDTH_PX}:{THUMB_HEIGHT_PX}:flags=area+bitexact:out_range=limited")
+            scale = graph.add("scale", f"{WIDE_WIDTH_PX}:{THUMB_HEIGHT_PX}:flags=area+bitexact:out_range=limited")
             graph.link_nodes(source, scale, graph.add("format", "yuv420p"), graph.add("buffersink")).configure()
             self._graphs[key] = graph
         return self._graphs[key]

@@ -24,7 +24,8 @@ def statistics(facts: Sequence[RecordingFacts]) -> dict[str, Any]:
     """Add up recordings.
 
     Returns:
-        `recordings` measured, `cameras` (name -> counts, rate, jitter, phase, and what decoding showed), `skew_ms`,
+        `recordings` measured, `cameras` (name -> counts, rate, jitter, phase, what decoding
+        showed, and by how much its pictures turn after the log), `skew_ms`,
         `speed_mps` and `curvature_per_m` as histograms (`edges`, one more than `counts`; every 0.1 s counts once), of
         `motion` the kilometres and where an instant has 1.6 s of motion behind and 6.4 s ahead, and `rigs`.
     """
@@ -63,7 +64,24 @@ def _camera(found: Sequence[CameraFacts]) -> dict[str, Any]:
         "phase_ms": {"min": _ms(phases.min()), "median": _ms(np.median(phases)), "max": _ms(phases.max())},
     }  # fmt: skip
     sums = {name: sum(getattr(one, f"num_{name}") for one in pictures) for name in ("decoded", "black", "frozen")}
-    return told | (sums if pictures else {})
+    return told | (sums if pictures else {}) | _seen_turns(found)
+
+
+def _seen_turns(found: Sequence[CameraFacts]) -> dict[str, Any]:
+    """Tell how a camera's pictures turn with the log, of the recordings where that was measured."""
+    seen = [one.seen_turn for one in found if one.seen_turn is not None]
+    if not seen:
+        return {}
+    lags, likeness = [one.lag_us for one in seen], [one.correlation for one in seen]
+    return {
+        "seen_turn": {
+            "recordings": len(seen),
+            "lag_ms": {"min": _ms(min(lags)), "median": _ms(np.median(lags)), "max": _ms(max(lags))},
+            "correlation": {"min": round(min(likeness), 3), "median": round(float(np.median(likeness)), 3)},
+            "logged_radps": round(float(np.median([one.logged_radps for one in seen])), 4),
+            "seen_radps": round(float(np.median([one.seen_radps for one in seen])), 4),
+        }
+    }
 
 
 def _motion(motions: Sequence[MotionFacts]) -> dict[str, Any]:

@@ -30,6 +30,20 @@ class PictureFacts:
 
 
 @dataclass(frozen=True)
+class SeenTurn:
+    """How the turning that a camera shows agrees with that of the log; drifts of several seconds are taken off both."""
+
+    lag_us: int  # by which the pictures turn after the log, where the two agree best; within a second either way
+    correlation: float  # there
+    correlation_unshifted: float
+    half_lags_us: tuple[int, ...]  # the same of the first half and of the second
+    half_correlations: tuple[float, ...]
+    logged_radps: float  # root mean square
+    seen_radps: float
+    match: float  # median correlation of two pictures, one turned to the other: near 0 where they show little
+
+
+@dataclass(frozen=True)
 class CameraFacts:
     """One camera of one recording."""
 
@@ -40,6 +54,7 @@ class CameraFacts:
     phase_us: int  # median of how much later its frames are than the nearest ones of the reference camera
     pictures: PictureFacts | None = None  # None: not decoded
     content_key: str = ""  # of the video's bytes, where a directory tells it without reading them
+    seen_turn: SeenTurn | None = None  # None: it looks aside, is not calibrated or decoded, or there is no log
 
 
 @dataclass(frozen=True)
@@ -70,6 +85,7 @@ def camera_facts(
     times_us: Mapping[str, Int64Array],
     pictures: Mapping[str, PictureFacts | None],
     content_keys: Mapping[str, str],
+    seen_turns: Mapping[str, SeenTurn],
 ) -> dict[str, CameraFacts]:
     """Measure each camera's times.
 
@@ -77,10 +93,13 @@ def camera_facts(
         times_us: camera -> (n,) strictly increasing, two or more.
         pictures: camera -> what decoding showed.
         content_keys: camera -> what tells its video's bytes from others.
+        seen_turns: camera -> how its pictures turn with the log.
     """
     reference = times_us.get(_REFERENCE, next(iter(times_us.values()), np.zeros(0, np.int64)))
     return {
-        camera: _one_camera(times, reference, pictures.get(camera), content_keys.get(camera, ""))
+        camera: _one_camera(
+            times, reference, pictures.get(camera), content_keys.get(camera, ""), seen_turns.get(camera)
+        )
         for camera, times in times_us.items()
     }
 
@@ -124,13 +143,18 @@ def histogram(values: Float64Array, edges: Float64Array) -> Counts:
 
 
 def _one_camera(
-    times: Int64Array, reference: Int64Array, pictures: PictureFacts | None, content_key: str
+    times: Int64Array,
+    reference: Int64Array,
+    pictures: PictureFacts | None,
+    content_key: str,
+    seen_turn: SeenTurn | None,
 ) -> CameraFacts:
     steps = np.diff(times)
     period = int(np.median(steps))
     phase = int(np.median(times - reference[nearest_to(reference, times)]))
     jitter = int(np.percentile(np.abs(steps - period), 95))
-    return CameraFacts(len(times), (int(times[0]), int(times[-1])), period, jitter, phase, pictures, content_key)
+    span = (int(times[0]), int(times[-1]))
+    return CameraFacts(len(times), span, period, jitter, phase, pictures, content_key, seen_turn)
 
 
 def _motion(

@@ -26,12 +26,20 @@ from omni_cli.scene.recording import VideoLocation
 from omni_cli.sources import Source
 from omni_cli.sources.zip_members import MAX_MEMBERS, ZipDirectory
 from omni_cli.stages.checks.calibration import Calibrations
-from omni_cli.stages.checks.facts import PictureFacts, RecordingFacts, camera_facts, motion_of_ego
+from omni_cli.stages.checks.facts import (
+    PictureFacts,
+    RecordingFacts,
+    SeenTurn,
+    camera_facts,
+    motion_of_ego,
+)
 from omni_cli.stages.checks.findings import Checked, Finding, is_refused, refuse, warn
 from omni_cli.stages.checks.members import layout_findings, member_findings, of_all
 from omni_cli.stages.checks.motion import ego_findings, speed_of_ego
 from omni_cli.stages.checks.recordings import camera_spans_us, opened, skew_facts, whole_span_us
 from omni_cli.stages.checks.repository import EGOMOTION, Chunk
+from omni_cli.stages.checks.seen_motion import seen_motion, seen_motion_findings
+from omni_cli.stages.checks.seen_turns import Turns, Wides, seen_turns, view_of_travel
 from omni_cli.stages.checks.timing import jitter_findings, spread_findings, timestamp_findings
 from omni_cli.stages.checks.videos import MEMBER_BYTES, deep_findings, header_findings
 
@@ -58,6 +66,8 @@ class _Clip:
     times_us: dict[str, Int64Array] = field(default_factory=dict)  # of cameras whose times can be trusted
     pictures: dict[str, PictureFacts | None] = field(default_factory=dict)
     content_keys: dict[str, str] = field(default_factory=dict)
+    wides: dict[str, Wides] = field(default_factory=dict)  # of cameras that were decoded
+    seen_turns: dict[str, SeenTurn] = field(default_factory=dict)
     ego: EgoMotion | None = None
 
     def add(self, findings: Iterable[Finding], camera: str = "") -> None:
@@ -91,7 +101,7 @@ def check_chunk(chunk: Chunk, clips: Sequence[str], source: Source, *, deep: boo
             clip = _Clip(name, _cameras_of(chunk, archives, name))
             _check_clip(clip, chunk, archives, calibrations, deep=deep)
             if name not in barred and not is_refused(clip.found):
-                clip.add(_reader_findings(source, clip))
+                clip.found += _reader_findings(source, clip)
             found += clip.found
             facts.append(_facts(clip, calibrations))
     return Checked(tuple(found), tuple(facts))
@@ -188,9 +198,10 @@ def _video_findings(
     content = _read(archive, name)
     yield from header_findings(content, name, times_us, size)
     speed_at = partial(speed_of_ego, clip.ego)
-    facts, found = deep_findings(content, name, times_us, count, speed_at)
-    clip.pictures[feature.name] = facts
-    yield from found
+    looked = deep_findings(content, name, times_us, count, speed_at)
+    clip.pictures[feature.name] = looked.facts
+    clip.wides |= {} if looked.wides is None else {feature.name: looked.wides}
+    yield from looked.findings
 
 
 def _ego_findings(clip: _Clip, archive: zipfile.ZipFile) -> Iterator[Finding]:
@@ -220,7 +231,7 @@ def _facts(clip: _Clip, calibrations: Calibrations) -> RecordingFacts:
     skews, worst = skew_facts(clip.times_us)
     return RecordingFacts(
         recording=clip.id,
-        cameras=camera_facts(clip.times_us, clip.pictures, clip.content_keys),
+        cameras=camera_facts(clip.times_us, clip.pictures, clip.content_keys, clip.seen_turns),
         motion=None if clip.ego is None else motion_of_ego(clip.ego, clip.span_us),
         rig=calibrations.rig(clip.id),
         skew_counts=skews,
@@ -230,8 +241,16 @@ def _facts(clip: _Clip, calibrations: Calibrations) -> RecordingFacts:
 
 def _reader_findings(source: Source, clip: _Clip) -> list[Finding]:
     """Open the clip as every later stage will: whatever else the reader refuses is found here, not during etl."""
-    found = opened(source, clip.id, clip.cameras)
-    return [found] if isinstance(found, Finding) else []
+    recording = opened(source, clip.id, clip.cameras)
+    if isinstance(recording, Finding):
+        return [recording]
+    turns: dict[str, Turns] = {}
+    for camera, wides in clip.wides.items():
+        stream = recording.cameras[camera]
+        view = view_of_travel(stream.calibration) if stream.calibration is not None else None
+        turns |= {} if view is None else {camera: seen_turns(wides, stream.timestamp_us, view)}
+    clip.seen_turns |= seen_motion(recording, turns, partial(speed_of_ego, clip.ego))
+    return [*seen_motion_findings(clip.id, clip.seen_turns)]
 
 
 def _cameras_of(chunk: Chunk, archives: Archives, clip: str) -> tuple[str, ...]:

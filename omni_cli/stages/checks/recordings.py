@@ -1,6 +1,7 @@
 """Checks of one recording, whatever its source: its videos, its times, its motion."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -17,6 +18,7 @@ from omni_cli.stages.checks.facts import (
     MotionFacts,
     PictureFacts,
     RecordingFacts,
+    SeenTurn,
     camera_facts,
     histogram,
     motion_of_ego,
@@ -25,8 +27,18 @@ from omni_cli.stages.checks.facts import (
 )
 from omni_cli.stages.checks.findings import Checked, Finding, is_refused, refuse, warn
 from omni_cli.stages.checks.motion import ego_findings, speed_findings, speed_of_ego
+from omni_cli.stages.checks.seen_motion import seen_motion, seen_motion_findings
+from omni_cli.stages.checks.seen_turns import Turns, joined, seen_turns, view_of_travel
 from omni_cli.stages.checks.timing import jitter_findings, spread_findings, timestamp_findings
-from omni_cli.stages.checks.videos import count_findings, deep_findings
+from omni_cli.stages.checks.videos import Looked, count_findings, deep_findings
+
+
+@dataclass
+class _Decoded:
+    """What the cameras of a recording showed, so far."""
+
+    pictures: dict[str, PictureFacts | None] = field(default_factory=dict)
+    turns: dict[str, Turns] = field(default_factory=dict)  # of those that look along the way
 
 
 def opened(source: Source, recording_id: str, cameras: tuple[str, ...] | None) -> Recording | Finding:
@@ -47,18 +59,21 @@ def check_recording(recording: Recording, *, deep: bool) -> Checked:
         deep: decode every frame, rather than read the headers and packets.
     """
     is_joined = bool(recording.parts)
-    pictures: dict[str, PictureFacts | None] = {}
+    decoded = _Decoded()
     found: list[Finding] = []
     for camera, stream in recording.cameras.items():
         of_times = list(timestamp_findings(stream.timestamp_us, "frame times", is_joined=is_joined))
         of_times += () if is_refused(of_times) else jitter_findings(stream.timestamp_us, "frame times")
         found += (finding.about(recording.id, camera) for finding in of_times)
-        found += _videos_findings(recording, stream, pictures, deep=deep)
+        found += _videos_findings(recording, stream, decoded, deep=deep)
     times_us = {camera: stream.timestamp_us for camera, stream in recording.cameras.items()}
     span = whole_span_us(camera_spans_us(times_us).values())
     found += (finding.about(recording.id) for finding in _whole_findings(recording, times_us, span))
-    facts = () if is_refused(found) else (_facts(recording, times_us, span, pictures),)
-    return Checked(tuple(found), facts)
+    if is_refused(found):
+        return Checked(tuple(found))
+    seen = seen_motion(recording, decoded.turns, partial(speed_of, recording))
+    found += seen_motion_findings(recording.id, seen)
+    return Checked(tuple(found), (_facts(recording, times_us, span, decoded.pictures, seen),))
 
 
 def _whole_findings(
@@ -78,34 +93,37 @@ def _whole_findings(
         yield from wheel_findings(recording.speed, recording.ego)
 
 
-def _videos_findings(
-    recording: Recording, stream: CameraStream, pictures: dict[str, PictureFacts | None], *, deep: bool
-) -> Iterator[Finding]:
+def _videos_findings(recording: Recording, stream: CameraStream, decoded: _Decoded, *, deep: bool) -> Iterator[Finding]:
     """Check each video of a camera; what is wrong with one concerns the part that it belongs to."""
-    start, parts = 0, []
+    start, looked = 0, []
+    view = view_of_travel(stream.calibration) if stream.calibration is not None else None
+    turns = []
     parts_of_videos = recording.parts or (recording.id,) * len(stream.videos)  # none can be set aside by itself
     for part, location in zip(parts_of_videos, stream.videos, strict=True):
         count = len(stream.timestamp_us) if location.num_frames is None else location.num_frames
         times_us = stream.timestamp_us[start : start + count]
         start += count
-        facts, found = _video_findings(location, stream.name, times_us, partial(speed_of, recording), deep=deep)
-        parts.append(facts)
-        yield from (finding.about(part, stream.name) for finding in found)
-    pictures[stream.name] = _joined(parts)
+        one = _video_findings(location, stream.name, times_us, partial(speed_of, recording), deep=deep)
+        looked.append(one.facts)
+        if view is not None and one.wides is not None:
+            turns.append(seen_turns(one.wides, times_us, view))
+        yield from (finding.about(part, stream.name) for finding in one.findings)
+    decoded.pictures[stream.name] = _joined(looked)
+    decoded.turns |= {stream.name: joined(turns)} if turns else {}
 
 
 def _video_findings(
     location: VideoLocation, name: str, times_us: Int64Array, speed_at: "partial[Float64Array]", *, deep: bool
-) -> tuple[PictureFacts | None, list[Finding]]:
+) -> Looked:
     content = location.read()
     try:
         found = list(count_findings(video.probe(content, name).num_frames, len(times_us), surplus=warn))
     except OmniError as error:
-        return None, [refuse("unreadable-video", str(error))]
+        return Looked(None, [refuse("unreadable-video", str(error))])
     if not deep or is_refused(found):
-        return None, found
-    facts, of_pictures = deep_findings(content, name, times_us, len(times_us), speed_at)
-    return facts, found + of_pictures
+        return Looked(None, found)
+    looked = deep_findings(content, name, times_us, len(times_us), speed_at)
+    return looked._replace(findings=found + looked.findings)
 
 
 def speed_of(recording: Recording, at_us: Int64Array) -> Float64Array:
@@ -142,11 +160,12 @@ def _facts(
     times_us: Mapping[str, Int64Array],
     span: tuple[int, int] | None,
     pictures: Mapping[str, PictureFacts | None],
+    seen: Mapping[str, SeenTurn],
 ) -> RecordingFacts:
     skews, worst = skew_facts(times_us)
     return RecordingFacts(
         recording=recording.id,
-        cameras=camera_facts(times_us, pictures, {}),
+        cameras=camera_facts(times_us, pictures, {}, seen),
         motion=_motion(recording, span),
         skew_counts=skews,
         max_skew_us=worst,

@@ -54,6 +54,8 @@ REMEDIES: Final = MappingProxyType({
     "overlapping-members": "a hostile or broken zip: fetch the chunk again",
     "oversized-member": "a hostile or broken zip: fetch the chunk again",
     "oversized-picture": "a hostile or broken video: fetch the chunk again",
+    "pictures-of-another-drive": "look at the video beside the log; fetch both again, or leave the recording out",
+    "pictures-shifted": "find which clock is off; leave the recording out: its labels are of another moment",
     "pixel-format": "nothing: it is converted",
     "position-jump": "leave the recording out",
     "principal-point": "do not project with it",

@@ -1,6 +1,7 @@
 """Checks of one camera's video: by its index alone, or by decoding every frame of it."""
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from omni_cli.errors import DataError, OmniError
 from omni_cli.formats import video
@@ -10,10 +11,19 @@ from omni_cli.scene.recording import VideoLocation
 from omni_cli.stages.checks.facts import PictureFacts
 from omni_cli.stages.checks.findings import Finding, is_refused, refuse, warn
 from omni_cli.stages.checks.pictures import PLAIN_FORMATS, SpeedAt, decoding_findings, look, rate_findings
+from omni_cli.stages.checks.seen_turns import Wides
 
 MEMBER_BYTES = 1 << 30  # a minute of one camera is about 60 MB
 MAX_SIDE_PX = 8192
 Surplus = Callable[[str, str], Finding]
+
+
+class Looked(NamedTuple):
+    """What decoding all of a video gave."""
+
+    facts: PictureFacts | None
+    findings: list[Finding]
+    wides: Wides | None = None  # (n, rows, columns) small luma pictures; None, as the facts, where it is refused
 
 
 def header_findings(
@@ -62,7 +72,7 @@ def count_findings(num_frames: int, num_timestamps: int | None, surplus: Surplus
 
 def deep_findings(
     content: bytes, name: str, timestamp_us: Int64Array | None, num_timestamps: int | None, speed_at: SpeedAt
-) -> tuple[PictureFacts | None, list[Finding]]:
+) -> Looked:
     """Decode every frame, and look at it.
 
     Args:
@@ -75,12 +85,12 @@ def deep_findings(
     try:
         info = video.probe(content, name)
         if max(info.width_px, info.height_px) > MAX_SIDE_PX:
-            return None, []  # named by its header
+            return Looked(None, [])  # named by its header
         examined = examine(content, name)
     except DataError as error:
-        return None, [refuse("unreadable-video", str(error))]
+        return Looked(None, [refuse("unreadable-video", str(error))])
     found = list(decoding_findings(examined, name, num_timestamps or 0, info.pts))
     if timestamp_us is None or is_refused(found):
-        return None, found
+        return Looked(None, found)
     facts, of_pictures = look(examined.thumbs, timestamp_us, speed_at)
-    return facts, found + of_pictures
+    return Looked(facts, found + of_pictures, examined.wides)
