@@ -57,8 +57,8 @@ class CameraFrames:
         offsets = np.cumsum([0, *counts[:-1]])
         place = np.searchsorted(offsets, wanted, side="right") - 1
         for number in np.unique(place).tolist():
+            self.stream.videos[number].check()
             video = self.first if number == 0 else self._later(number)
-            video.location.check()
             yield int(offsets[number]), video, (wanted[place == number] - offsets[number]).tolist()
 
     def _later(self, number: int) -> _Video:

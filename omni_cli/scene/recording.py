@@ -8,12 +8,15 @@ from functools import reduce
 from pathlib import Path
 
 from omni_cli.errors import DataError
+from omni_cli.files import sha256_of
 from omni_cli.scene.cameras import Calibration
 from omni_cli.scene.clock import Float64Array, Int64Array
 from omni_cli.scene.driving_log import DeviceLog
 from omni_cli.scene.poses import EgoMotion
 
 _BLOCK_BYTES = 1 << 20
+_SHOWN = 12  # digits of a hash, for people
+COPY_AGAIN = "damaged, delete it and copy it again with omni fetch --from"
 
 
 @dataclass(frozen=True)
@@ -25,9 +28,10 @@ class VideoLocation:
     size_bytes: int | None = None  # None: to the end of the file
     num_frames: int | None = None  # that have a time, the first ones; None: each of the camera's times is of this video
     crc32: int | None = None  # of the bytes, where the file around them says it
+    sha256: str | None = None  # of a video that is a whole file, where it was noted as it was copied
 
     def read(self) -> bytes:
-        """Return the bytes of the video.
+        """Return the bytes of the video; those of a whole file are not compared, audit hashes files by itself.
 
         Raises:
             DataError: they are not those of their CRC-32.
@@ -40,10 +44,17 @@ class VideoLocation:
         """Read the bytes once, where it is known what they must be: a decoder makes a picture of damaged ones too.
 
         Raises:
-            DataError: they are not those of their CRC-32.
+            DataError: they are not those of their CRC-32, or of their hash.
         """
         if self.crc32 is not None:
             self._compare(reduce(lambda crc32, block: zlib.crc32(block, crc32), self._blocks(), 0))
+        if self.sha256 is not None:
+            require_noted(self.path, sha256_of(self.path), self.sha256)
+
+    @property
+    def checksum(self) -> str | int | None:
+        """What is known of the bytes without reading them; None where nothing is."""
+        return self.crc32 if self.sha256 is None else self.sha256
 
     def _blocks(self) -> Iterator[bytes]:
         with self.path.open("rb") as stream:
@@ -58,6 +69,17 @@ class VideoLocation:
                 f"{self.path}: {self.size_bytes} bytes at {self.offset_bytes} have CRC-32 {crc32:08x}, the directory "
                 f"says {self.crc32:08x}: damaged; omni audit --deep --quarantine sets it aside, to be fetched again"
             )
+
+
+def require_noted(path: Path, sha256: str, noted: str) -> None:
+    """Compare the hash of a whole file with the one that was noted as it was copied.
+
+    Raises:
+        DataError: they differ.
+    """
+    if sha256 != noted:
+        told = f"have SHA-256 {sha256[:_SHOWN]}.., omni fetch noted {noted[:_SHOWN]}.."
+        raise DataError(f"{path}: its {path.stat().st_size} bytes {told}; {COPY_AGAIN}")
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,9 @@ from omni_cli.scene.clock import MICROSECONDS_PER_SECOND, Float64Array, Int64Arr
 from omni_cli.scene.driving_log import DeviceLog, MountLog
 from omni_cli.scene.model_frame import VIEW_FROM_DEVICE
 from omni_cli.scene.poses import EgoMotion, Pose
-from omni_cli.scene.recording import CameraStream, Recording, SpeedLog, VideoLocation
+from omni_cli.scene.recording import CameraStream, Recording, SpeedLog
 from omni_cli.sources import RecordingRef
+from omni_cli.sources.noted import check_noted, located
 
 _SEMI_AXES_M = np.array([6_378_137.0, 6_378_137.0, 6_356_752.314245])  # WGS84
 _CALIB_R_RIG = Rotation.from_matrix(np.diag([1.0, -1.0, -1.0]))  # x forward; left to right, up to down
@@ -102,6 +103,7 @@ class _Segment:
         if file not in self.files:
             raise DataError(f"{self.name}: lacks {file}; {_AGAIN}")
         path = self.files[file]
+        check_noted(path)
         try:
             # A map of the file: an array that reaches past the file's end is refused, and never allocated.
             values = np.atleast_1d(np.array(np.lib.format.open_memmap(path, mode="r")))
@@ -225,12 +227,13 @@ def _camera_stream(segment: _Segment, time_us: Int64Array, mount: MountLog) -> C
     if layout.VIDEO_FILE not in segment.files:
         raise DataError(f"{segment.name}: has no {layout.VIDEO_FILE}, only poses and logs; {_AGAIN}")
     path = segment.files[layout.VIDEO_FILE]
-    info = video.probe(VideoLocation(path), str(path))
+    location = located(path)
+    info = video.probe(location, str(path))
     if info.num_frames != len(time_us):
         raise DataError(f"{path}: holds {info.num_frames} frames for {len(time_us)} frame times; {_AGAIN}")
     model = _camera_model(info, str(path))
     pose = Pose((_CAMERA_R_DEVICE * _device_R_rig(mount)).inv(), np.array([0, 0, layout.CAMERA_HEIGHT_M]))
-    return CameraStream(layout.CAMERA, (VideoLocation(path),), time_us, Calibration(model, pose))
+    return CameraStream(layout.CAMERA, (location,), time_us, Calibration(model, pose))
 
 
 def _camera_model(info: video.VideoInfo, name: str) -> Pinhole:

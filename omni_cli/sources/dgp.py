@@ -19,8 +19,9 @@ from omni_cli.formats import video
 from omni_cli.scene.cameras import Calibration, Pinhole
 from omni_cli.scene.clock import MICROSECONDS_PER_SECOND, Float64Array, Int64Array
 from omni_cli.scene.poses import EgoMotion, Pose
-from omni_cli.scene.recording import CameraStream, Recording, VideoLocation
+from omni_cli.scene.recording import CameraStream, Recording
 from omni_cli.sources import RecordingRef
+from omni_cli.sources.noted import check_noted, located, read_noted
 
 _AGAIN = "copy the whole scene and fetch again"
 _LICENCE = "of the data set: MIT of DGP's test scenes, CC BY-NC-SA 4.0 of DDAD"
@@ -99,6 +100,7 @@ class _Scene:
 
     @classmethod
     def read(cls, name: str, path: Path) -> "_Scene":
+        check_noted(path)
         scene = layout.read_json(path, layout.Scene)
         images: dict[str, list[_Picture]] = {}
         for datum in scene.data:
@@ -128,12 +130,12 @@ class _Scene:
         if (np.diff(times_us) <= 0).any():
             raise DataError(f"{self.name} {camera}: two images have the same time; {_AGAIN}")
         paths = [self._path(camera, picture.image) for picture in pictures]
-        found = video.probe(paths[0].read_bytes(), str(paths[0]))
+        videos = tuple(located(path, num_frames=1) for path in paths)
+        found = video.probe(read_noted(paths[0]), str(paths[0]))
         sizes_px = {(found.width_px, found.height_px), *((one.image.width, one.image.height) for one in pictures)}
         if len(sizes_px) > 1:
             raise DataError(f"{self.name} {camera}: has images of the sizes {sorted(sizes_px)}; {_AGAIN}")
         model = Pinhole(*sizes_px.pop(), *layout.pinhole(self.calibration.intrinsics[self._number(camera)]))
-        videos = tuple(VideoLocation(path, num_frames=1) for path in paths)
         return CameraStream(camera, videos, times_us, Calibration(model, self.rig_T_camera(camera)))
 
     def _number(self, camera: str) -> int:
@@ -161,6 +163,7 @@ def _calibration(name: str, folder: Path, scene: layout.Scene) -> layout.Calibra
     file = f"calibration/{keys.pop()}.json"
     if layout.parse_scene_file(f"scene/{file}") is None:
         raise DataError(f"{name}: names the calibration {file!r}, which is no hash; {_AGAIN}")
+    check_noted(folder / file)
     read = layout.read_json(folder / file, layout.Calibration)
     if not len(read.names) == len(read.extrinsics) == len(read.intrinsics):
         raise DataError(f"{folder / file}: has lists of different lengths; {_AGAIN}")

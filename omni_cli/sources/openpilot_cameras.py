@@ -16,7 +16,8 @@ from omni_cli.scene.clock import MICROSECONDS_PER_SECOND, Float64Array, Int64Arr
 from omni_cli.scene.driving_log import MountLog
 from omni_cli.scene.model_frame import VIEW_FROM_DEVICE
 from omni_cli.scene.poses import Pose
-from omni_cli.scene.recording import CameraStream, VideoLocation
+from omni_cli.scene.recording import CameraStream
+from omni_cli.sources.noted import located
 from omni_cli.sources.openpilot_events import EncodeIndex, LogEvents
 
 MAX_TIME_MISMATCH_US = 1_000
@@ -161,7 +162,7 @@ def segment_video(
     Raises:
         DataError: the video is damaged, has no times, disagrees with the log, or does not follow the one before.
     """
-    info = video.probe(VideoLocation(path), str(path))
+    info = video.probe(located(path), str(path))
     times_us = _container_times_us if camera.has_own_times else _logged_times_us
     found = SegmentVideo(path, info, times_us(info, logged_us, is_truncated, str(path)))
     if before is not None:
@@ -195,7 +196,7 @@ def require_whole_end(found: SegmentVideo, logged_bytes: Int64Array | None) -> N
 def camera_stream(camera: Camera, videos: Sequence[SegmentVideo], optics: Optics) -> tuple[CameraStream, str]:
     """Join one camera's videos; return its stream, and what is known of its calibration, for provenance."""
     calibration, told = optics.calibration(camera.name, videos[0].info)
-    locations = tuple(VideoLocation(one.path, num_frames=len(one.timestamp_us)) for one in videos)
+    locations = tuple(located(one.path, len(one.timestamp_us)) for one in videos)
     timestamp_us = np.concatenate([one.timestamp_us for one in videos])
     return CameraStream(camera.name, locations, timestamp_us, calibration), told
 

@@ -23,6 +23,7 @@ from omni_cli.scene.clock import Int64Array
 from omni_cli.scene.driving_log import DeviceLog
 from omni_cli.scene.recording import Recording, SpeedLog
 from omni_cli.sources import PartRefused, RecordingRef, openpilot_schema
+from omni_cli.sources.noted import read_noted
 from omni_cli.sources.openpilot_cameras import (
     Optics,
     SegmentVideo,
@@ -162,10 +163,10 @@ def read_log(path: Path, segment_number: int) -> SegmentLog:
     there and marked.
 
     Raises:
-        DataError: the file holds no events, or no valid speed.
+        DataError: the file is not what was noted of it, or holds no events, or no valid speed.
         UsageError: the `openpilot` extra is not installed.
     """
-    content, is_cut = openpilot_schema.decompress(path.read_bytes(), path.name)
+    content, is_cut = openpilot_schema.decompress(read_noted(path), path.name)
     events = read_events(content)
     if not events.counts["all"]:
         raise DataError(f"{path}: holds no openpilot event; it is no log, or of another format; fetch it again")

@@ -19,7 +19,7 @@ _SLOWER = 0.95  # a camera's clock is its own: 9.97 Hz is no mistake
 def inputs_of(recording: Recording, preprocess: Preprocess) -> dict[str, Any]:
     """Return what says that these are the same inputs.
 
-    Sizes of the videos and their checksums where they have one, every timestamp and motion sample, and the source's
+    Sizes of the videos and their checksums where one is known, every timestamp and motion sample, and the source's
     provenance (hashes of fetched files).
     """
     return {
@@ -55,8 +55,8 @@ def _camera_identity(stream: CameraStream) -> list[Any]:
         video.path.stat().st_size - video.offset_bytes if video.size_bytes is None else video.size_bytes
         for video in stream.videos
     ]
-    crcs = [video.crc32 for video in stream.videos]
-    return [sizes, crcs, _hashes(stream.timestamp_us), _hashes(stream.calibration)]
+    checksums = [video.checksum for video in stream.videos]
+    return [sizes, checksums, _hashes(stream.timestamp_us), _hashes(stream.calibration)]
 
 
 def _hashes(value: Any) -> Any:
