@@ -1,6 +1,7 @@
 """Nobody takes raw data away under whoever reads them: processes that meet at a folder."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -14,16 +15,21 @@ import pytest
 from omni_cli import files
 from omni_cli.errors import OmniError
 from omni_cli.report import Console
+from omni_cli.samples.shards import open_shards
 from omni_cli.sources.quarantine import read_quarantine
 from omni_cli.stages import raw_lock
 from omni_cli.stages.audit import AuditRequest, audit
 from omni_cli.stages.bench.inputs import Inputs
+from omni_cli.stages.evaluate import EvalRequest, evaluate
 from omni_cli.stages.fetch import FetchRequest, PurgeRequest, fetch, purge
+from omni_cli.stages.infer import InferRequest, infer, subject_of_run
+from omni_cli.stages.raw_lock import HeldError, alone
+from omni_cli.stages.train import TrainRequest, train
 from tests.support import clips, pai
 from tests.support.etl_once import run as etl_here
 from tests.support.folders import stamps, tree
 from tests.support.injection import needs_strace, run_traced
-from tests.support.pipeline import tiny_recipe
+from tests.support.pipeline import make_run, tiny_recipe, write_synthetic
 
 QUIET = Console(quiet=True)
 CLIPS = pai.clip_ids(0)
@@ -183,6 +189,103 @@ def test_a_folder_that_was_made_anew_meanwhile_is_not_taken_for_the_one_that_was
         held_elsewhere(raw_of(data), seconds=0.3, anew="anew"),
         pytest.raises(OmniError, match="was just taken away by another omni; run the same command again"),
         raw_lock.reading(raw_of(data)),
+    ):
+        pass
+
+
+class Watch(Console):
+    """Tries at every progress bar whether a folder could be taken away just then."""
+
+    def of(self, folder):
+        self.folder, self.told = folder, {}
+        return self
+
+    def progress(self, label, total, unit):
+        with pytest.raises(HeldError) as raised, alone(self.folder):
+            pass
+        self.told[label] = str(raised.value)
+        return super().progress(label, total, unit)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run on the shards of two small drives; a model of one camera."""
+    folder = tmp_path_factory.mktemp("made")
+    write_synthetic(folder / "data", cameras=(pai.FRONT,))
+    return make_run(folder, tiny_recipe(cameras="1-cam"), data=folder / "data")
+
+
+def train_anew(made, console):
+    return train(made.recipe, TrainRequest(made.shards, made.data, made.run.folder.parent, "other", "test"), console)
+
+
+def ask(made, console):
+    clip = open_shards(made.shards).manifest.recordings[0].id
+    request = InferRequest((clip,), data=made.data, out=made.data.parent / "answers")
+    return infer(made.recipe, subject_of_run(made.run), request, console)
+
+
+def bench(made, console):
+    here = made.shards.parents[1]
+    with Inputs(made.recipe, here, here / "runs", here / "work", console=console) as inputs:
+        assert inputs.shards.folder == made.shards
+        with console.progress("bench", 1, "parts"):
+            pass
+
+
+LONG_USES = {
+    "train": (train_anew, "train"),
+    "eval": (lambda made, console: evaluate(made.recipe, made.run, EvalRequest(blind=False), console), "eval: model"),
+    "infer": (ask, "infer"),
+    "bench": (bench, "bench"),
+}
+
+
+@pytest.mark.fault("F10")
+@pytest.mark.parametrize("use", LONG_USES)
+def test_what_is_used_for_long_cannot_be_taken_away_meanwhile(made, use):
+    act, label = LONG_USES[use]
+    folder = made.data / "raw" / "synthetic" if use == "infer" else made.shards
+    with held_elsewhere(folder) as process:
+        told = rf"omni fetch \(process {process.pid}\) is taking files away from {folder}; wait for it, then run"
+        with pytest.raises(OmniError, match=told):
+            act(made, QUIET)
+    with raw_lock.reading(folder):  # as another of the same kind does
+        watch = Watch(quiet=True).of(folder)
+        act(made, watch)
+    assert any(shown.startswith(label) for shown in watch.told)
+    assert all(f"process {os.getpid()} is using {folder}; wait for it" in line for line in watch.told.values())
+    with alone(folder):
+        pass
+
+
+@pytest.mark.fault("F10")
+def test_a_purge_deletes_nothing_while_shards_are_in_use(data):
+    etl(data, "one")
+    before = tree(data)
+    with raw_lock.reading(data / "shards" / "one"):
+        told = rf"process {os.getpid()} is using {data / 'shards' / 'one'}; wait for it or end it"
+        with pytest.raises(OmniError, match=told):
+            destroy(data)
+    assert tree(data) == before
+    assert destroy(data)["remaining"] == []
+
+
+@pytest.mark.parametrize("start", ["fork", "forkserver"])
+def test_a_worker_that_outlives_its_parent_holds_nothing(tmp_path, start):
+    with raw_lock.reading(tmp_path):
+        worker = multiprocessing.get_context(start).Process(target=time.sleep, args=(60,))
+        worker.start()
+    with alone(tmp_path):  # as when the parent was killed
+        assert worker.is_alive()
+    worker.kill()
+    worker.join()
+
+
+def test_a_folder_that_is_gone_is_one_line(tmp_path):
+    with (
+        pytest.raises(OmniError, match=f"^{tmp_path / 'gone'} was just taken away by another omni; run the same"),
+        raw_lock.reading(tmp_path / "gone"),
     ):
         pass
 

@@ -1,5 +1,7 @@
 """Shards: Arrow that `datasets` opens, bytes that depend on the tables alone, and a dataset that reads them back."""
 
+import mmap
+import os
 import pickle
 from dataclasses import replace
 
@@ -123,7 +125,7 @@ def test_loader_workers_read_the_same_rows(shards):
     assert torch.equal(canvases, torch.stack([dataset.pictures(index) for index in range(len(dataset))]))
 
 
-def test_tokens_come_from_the_sidecar_of_their_key(shards, tables):
+def write_tokens(shards, tables):
     for name, table in tables.items():
         rows = [
             {"input_ids": [w, 1, 2], "labels": [-100, 1, 2], "position_ids": list(range(12))}
@@ -131,12 +133,52 @@ def test_tokens_come_from_the_sidecar_of_their_key(shards, tables):
         ]
         sidecar = pa.Table.from_pylist(rows)
         commit(tokens_path(shards, name, "key"), lambda stream, sidecar=sidecar: write_stream(sidecar, stream, 1024))
+
+
+def test_tokens_come_from_the_sidecar_of_their_key(shards, tables):
+    write_tokens(shards, tables)
     row = WindowDataset(open_shards(shards), "val", "key").row(0)
     assert row["input_ids"].tolist() == [row["window"], 1, 2]
     assert row["labels"].tolist() == [-100, 1, 2]
     assert row["position_ids"].tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
     with pytest.raises(DataError, match="has no tokens for this model"):
         WindowDataset(open_shards(shards), "val", "other").row(0)
+
+
+def tokens_of_a(folder, _):
+    return tokens_path(folder, "a", "key")
+
+
+CUTS = {"frames": (frames_path, "pictures"), "tokens": (tokens_of_a, "row")}
+
+
+@pytest.mark.fault("F5")
+@pytest.mark.parametrize("cut_bytes", [1, 100], ids=["a byte", "more"])
+@pytest.mark.parametrize("file", CUTS)
+def test_a_file_that_is_cut_inside_its_last_page_gives_no_zeros(shards, tables, file, cut_bytes):
+    """The kernel gives the page in which a file ends as a whole, with zeros behind its end."""
+    path_of, read = CUTS[file]
+    path = path_of(shards, "a")
+    write_tokens(shards, tables)
+    dataset = WindowDataset(open_shards(shards), "train", "key")
+    getattr(dataset, read)(0)
+    size = path.stat().st_size
+    os.truncate(path, size - cut_bytes)
+    assert (size - 1) // mmap.PAGESIZE == (size - cut_bytes) // mmap.PAGESIZE  # else the kernel refuses
+    with pytest.raises(DataError, match=rf"^{path}: was cut since it was opened; omni audit tells what is damaged$"):
+        getattr(dataset, read)(0)
+
+
+def test_a_sidecar_of_another_size_than_was_written_is_not_opened(shards, tables):
+    write_tokens(shards, tables)
+    path = tokens_of_a(shards, "a")
+    size = path.stat().st_size
+    os.truncate(path, size - 1)
+    dataset = WindowDataset(open_shards(shards), "train", "key")
+    with pytest.raises(
+        DataError, match=rf"^{path}: holds {size - 1} bytes, not the {size} that are listed; omni audit"
+    ):
+        dataset.row(0)
 
 
 def test_an_id_cannot_leave_the_folder(shards):

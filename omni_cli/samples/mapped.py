@@ -2,7 +2,8 @@
 
 To touch a page of a map that cannot be had, since the disk fails or the file was cut, ends the process (SIGBUS) without
 a word. So the kernel is asked for the pages first. It says which it cannot bring (madvise(2), MADV_POPULATE_READ, Linux
-5.14), and a plain read of the same bytes says why; where the kernel is older, that read is what brings them.
+5.14), and a plain read of the same bytes says why; where the kernel is older, that read is what brings them. The page
+in which a cut file ends is given whole, with zeros behind the end: of that the size alone tells.
 
 Measured on windows of 5 to 7 MB in the page cache: to ask takes 2 to 8 % of the time of reading one. To read them by
 `preadv` into a buffer and copy them from there takes 40 to 60 % more, straight into their rows 15 to 30 % more. Where
@@ -14,6 +15,7 @@ import ctypes
 import mmap
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,7 @@ _POPULATE_READ = 22  # MADV_POPULATE_READ of linux/mman.h
 _FAULT_BYTES = 1 << 17  # what one fault of a map reads ahead by itself
 _BLOCK_BYTES = 1 << 20  # the kernel takes no more of one request than the disk takes at a time
 _MARK_BYTES = 8  # before the metadata of a message: a mark, and their length (Arrow columnar format, IPC)
+_CUT = "{}: was cut since it was opened; omni audit tells what is damaged"
 _madvise = ctypes.CDLL(None, use_errno=True).madvise
 _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
@@ -61,6 +64,7 @@ class MappedFile:
             start = piece.start // mmap.PAGESIZE * mmap.PAGESIZE
             if _madvise(address + start, piece.stop - start, _POPULATE_READ):
                 self._read(piece)
+        self._require_whole()
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """Yield the batches of the Arrow stream that the file is; no more than the head of each is brought.
@@ -86,6 +90,13 @@ class MappedFile:
             metadata_bytes = int.from_bytes(self.bytes[begins - 4 : begins].tobytes(), "little")
             self.bring([slice(begins, min(begins + metadata_bytes, file_bytes))])
 
+    def _require_whole(self) -> None:
+        """Refuse a file that was cut, wherever; one that was taken away or made anew is still whole in the map."""
+        with suppress(OSError):
+            state = self.path.stat()  # ten microseconds a window at most
+            if os.path.samestat(state, self._opened) and state.st_size < len(self.bytes):
+                raise DataError(_CUT.format(self.path))
+
     def _read_ahead(self, pieces: Sequence[slice]) -> None:
         """Have the kernel read long pieces all at once."""
         if not pieces:
@@ -104,7 +115,7 @@ class MappedFile:
                 for start in range(piece.start, piece.stop, _BLOCK_BYTES):
                     size = min(_BLOCK_BYTES, piece.stop - start)
                     if len(os.pread(stream.fileno(), size, start)) < size:
-                        raise DataError(f"{self.path}: was cut since it was opened; omni audit tells what is damaged")
+                        raise DataError(_CUT.format(self.path))
         except OSError as error:
             raise OmniError(refused_by_machine(error, self.path) or f"{self.path}: {error.strerror}") from None
 

@@ -29,6 +29,7 @@ from omni_cli.samples.shards import (
     ShardFile,
     ShardSet,
     frames_path,
+    listed_file,
     not_a_stream,
     open_stream,
     windows_path,
@@ -67,7 +68,7 @@ class StoredRecording:
         self._frames = _frames(windows, preprocess, len(self._pictures.starts), path)
         first = self._frames[0, 0].tolist()  # a camera's pictures are of one size
         self._layout = _layout(preprocess, tuple(self._pictures.shapes[row] for row in first))
-        self._tokens = _tokens(shards.tokens_file(entry.id, sidecar_key)) if sidecar_key else {}
+        self._tokens = _tokens(shards.tokens_file(entry.id, sidecar_key), verify=verify) if sidecar_key else {}
 
     def row(self, position: int) -> dict[str, Any]:
         """Return a window without its pictures."""
@@ -215,7 +216,8 @@ def _frames(windows: pa.Table, preprocess: Preprocess, pictures: int, path: Path
     return rows.reshape(shape)
 
 
-def _tokens(path: Path) -> dict[str, _Lists]:
+def _tokens(path: Path, *, verify: bool) -> dict[str, _Lists]:
+    _check(path, listed_file(path), verify=verify)
     try:
         file = MappedFile(path)
         batches = list(file.batches())

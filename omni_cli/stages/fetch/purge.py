@@ -11,7 +11,7 @@ import itertools
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ def purge(request: PurgeRequest, console: Console) -> dict[str, Any]:
     if request.dry_run:
         console.say(f"would delete {len(copies)} copies of what lies in {request.data}")
         return {**result, "remaining": [copy.path for copy in copies], "certificate": None}
-    with _held(request):
+    with _held(request, copies):
         certificate = _purge(request, copies, console)
     return {**result, "remaining": [], "certificate": certificate}
 
@@ -128,13 +128,19 @@ def _names_the_licence(document: Path) -> bool:
 
 
 @contextmanager
-def _held(request: PurgeRequest) -> Iterator[None]:
-    """Hold the raw folder against fetches, and against whoever reads it; both ask for it before they begin."""
+def _held(request: PurgeRequest, copies: Sequence[Copy]) -> Iterator[None]:
+    """Hold every copy against whoever reads it, and the raw folder against fetches; all ask for it before they begin.
+
+    Raises:
+        HeldError: an etl, a training or another omni uses one.
+    """
     raw = request.data / "raw" / request.source
-    if not raw.is_dir():
-        yield
-        return
-    with alone(raw), files.exclusive(raw, "fetching into"):
+    folders = [copy.place for copy in copies if copy.place.is_dir() and not copy.place.is_symlink()]
+    with ExitStack() as held:
+        for folder in {folder.resolve(): folder for folder in folders}.values():  # some are listed by two paths
+            held.enter_context(alone(folder))
+        if raw.is_dir():
+            held.enter_context(files.exclusive(raw, "fetching into"))
         yield
 
 
