@@ -27,6 +27,7 @@ from torch import nn
 
 from omni_cli.config import nearest
 from omni_cli.errors import DataError, OmniError, UsageError
+from omni_cli.models.model_folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, header, read_object
 
 _MERGER = re.compile(r"visual\.(merger|deepstack_merger_list\.\d+)$")
 _ADAPTABLE = (nn.Linear, nn.Conv2d)
@@ -154,17 +155,32 @@ def load(model: nn.Module, folder: Path, spec: AdapterSpec) -> nn.Module:
     """Attach a saved adapter to its base and verify it.
 
     Raises:
-        DataError: the adapter was made for another base, or lacks weights.
+        DataError: the adapter was made for another base, is damaged, or lacks weights.
     """
+    _check_folder(model, folder)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
             wrapped: nn.Module = PeftModel.from_pretrained(model, folder, is_trainable=True)
-    except (RuntimeError, ValueError, UserWarning) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
+    except Exception as error:  # what a library makes of settings that another hand wrote can be any
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
         raise DataError(f"adapter {folder} does not match its base model: {reason}") from None
     verify(wrapped, spec)
     return wrapped
+
+
+def _check_folder(model: nn.Module, folder: Path) -> None:
+    """Refuse an adapter of another kind or base, and weights that are no safetensors: PEFT would unpickle others.
+
+    Raises:
+        DataError: it is one; what was found is named.
+    """
+    kept, base = read_object(folder / ADAPTER_CONFIG), vars(model).get("name_or_path")
+    if (kind := kept.get("peft_type")) != "LORA":
+        raise DataError(f"adapter {folder} is of type {kind!r}, expected 'LORA'; train it again")
+    if (named := kept.get("base_model_name_or_path")) != base and (named or base):
+        raise DataError(f"adapter {folder} names the base {named!r}, expected {base!r}; train it again on that")
+    header(folder / ADAPTER_WEIGHTS)
 
 
 def disabled(model: Any) -> AbstractContextManager[None]:

@@ -32,6 +32,7 @@ from transformers import (
 from omni_cli.errors import DataError, OmniError, UsageError
 from omni_cli.formats.driving_model import PICTURE_SHAPE
 from omni_cli.models.families import TINY_PREFIX, hub_arguments, is_tiny
+from omni_cli.models.model_folders import check_config, check_weights, reading
 
 CHANNELS = 4 * PICTURE_SHAPE[0]
 HEIGHT, WIDTH = PICTURE_SHAPE[1:]
@@ -182,12 +183,12 @@ def load_pretrained(backbone: Backbone, name: str) -> None:
         OmniError: they are not there, or the hub cannot be reached.
         DataError: some are missing, or have other shapes: the library would draw them at random.
     """
-    try:
+    if Path(name).is_dir():
+        check_weights(Path(name))
+    with reading("load backbone", name):
         source, found = AutoModel.from_pretrained(
             **hub_arguments(name), dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise OmniError(f"cannot load backbone {name!r}: {str(error).splitlines()[0]}") from None
     if absent := sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"]):
         raise DataError(f"backbone {name!r} lacks {len(absent)} of its weights, first {absent[0]}; fetch it again")
     weights, stem = source.state_dict(), _FAMILIES[backbone.family].stem
@@ -225,11 +226,13 @@ def _published_config(name: str) -> Any:
             f"backbone {name}: an ONNX program is no backbone; to adapt openpilot's own model give the folder that "
             "holds its driving_vision.onnx and driving_policy.onnx (v0.10.1 to v0.10.3)"
         )
+    if Path(name).is_dir():
+        check_config(Path(name))
     try:
-        config = AutoConfig.from_pretrained(**hub_arguments(name))
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise OmniError(f"cannot read the configuration of backbone {name!r}: {reason}; {_known()}") from None
+        with reading("read the configuration of backbone", name):
+            config = AutoConfig.from_pretrained(**hub_arguments(name))
+    except OmniError as error:
+        raise type(error)(f"{error}; {_known()}") from None
     if config.model_type not in _FAMILIES:
         raise UsageError(f"backbone {name}: family {config.model_type!r} is not supported; {_known()}")
     return config

@@ -32,6 +32,7 @@ from omni_cli.models import driving_units as units
 from omni_cli.models.backbones import Backbone, backbone_config, load_pretrained
 from omni_cli.models.driving_units import NUM_EDGES, NUM_LEADS, NUM_LINES
 from omni_cli.models.families import is_tiny
+from omni_cli.models.model_folders import read_object, reading
 
 HEADS = ("lane_lines", "road_edges", "leads")  # of the vision net; each learns only where its labels are
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -298,9 +299,13 @@ def save_net(net: DrivingNet, folder: Path) -> None:
 
 
 def is_net_folder(folder: Path) -> bool:
-    """Say whether `save_net` wrote a folder's configuration, or it holds openpilot's pair of ONNX programs."""
+    """Say whether `save_net` wrote a folder's configuration, or it holds openpilot's pair of ONNX programs.
+
+    Raises:
+        DataError: its configuration is damaged.
+    """
     path = folder / CONFIG
-    return has_programs(folder) or (path.is_file() and files.read_json(path).get("kind") == _KIND)
+    return has_programs(folder) or (path.is_file() and read_object(path).get("kind") == _KIND)
 
 
 def has_programs(folder: Path) -> bool:
@@ -327,8 +332,9 @@ def load_net(folder: Path) -> DrivingNet:
         return imported
     if not is_net_folder(folder) or not (folder / WEIGHTS).is_file():
         raise DataError(f"{folder}: no driving net; expected {CONFIG} and {WEIGHTS} that omni wrote")
-    kept = files.read_json(folder / CONFIG)
-    net = empty_net(DrivingNetConfig(kept["backbone"], kept["num_hypotheses"], kept["hidden"]))
+    kept = read_object(folder / CONFIG)
+    with reading("build the driving net of", str(folder)):
+        net = empty_net(DrivingNetConfig(kept["backbone"], kept["num_hypotheses"], kept["hidden"]))
     fill_weights(net, folder / WEIGHTS)
     return net
 
@@ -340,13 +346,19 @@ def fill_weights(net: DrivingNet, path: Path) -> None:
         DataError: they are not those of the net.
     """
     try:
+        weights, types = load_file(path), {name: weight.dtype for name, weight in net.state_dict().items()}
         # assigned, since there may be nothing to copy into
-        missing, unexpected = net.load_state_dict(load_file(path), strict=False, assign=True)
+        missing, unexpected = net.load_state_dict(weights, strict=False, assign=True)
     except (SafetensorError, RuntimeError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise DataError(f"{path}: {reason}; take the folder again from where it came") from None
     if wrong := missing + unexpected:
         raise DataError(
             f"{path}: {len(missing)} weights are missing and {len(unexpected)} unknown, first {wrong[0]}; "
+            "take the folder again from where it came"
+        )
+    if other := [name for name, weight in weights.items() if weight.dtype != types[name]]:
+        raise DataError(
+            f"{path}: {other[0]} is of type {weights[other[0]].dtype}, expected {types[other[0]]}; "
             "take the folder again from where it came"
         )

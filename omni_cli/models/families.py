@@ -11,7 +11,8 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, Qwen2_5_VLConfig, Qwen3VLConfig
 
-from omni_cli.errors import OmniError, UsageError
+from omni_cli.errors import UsageError
+from omni_cli.models.model_folders import check_config, reading
 
 TINY_PREFIX = "tiny:"
 
@@ -118,6 +119,8 @@ def model_config(model: str) -> PreTrainedConfig:
     """Return the configuration of a published id, a local folder or another hub id.
 
     Raises:
+        UsageError: there is no such folder, or it holds an adapter or a run.
+        DataError: its configuration is damaged.
         OmniError: it is not here and the hub cannot be reached.
     """
     if is_path(model) and not Path(model).is_dir():
@@ -126,10 +129,10 @@ def model_config(model: str) -> PreTrainedConfig:
     if model in _PUBLISHED and not Path(model).is_dir():
         build, shape = _PUBLISHED[model]
         return build(**shape)
-    try:
-        return AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise OmniError(f"cannot read the configuration of model {model!r}: {str(error).splitlines()[0]}") from None
+    if Path(model).is_dir():
+        check_config(Path(model))
+    with reading("read the configuration of model", model):
+        return AutoConfig.from_pretrained(**hub_arguments(model))
 
 
 def hub_arguments(model: str) -> dict[str, Any]:

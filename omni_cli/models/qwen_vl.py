@@ -20,7 +20,8 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from omni_cli import files
 from omni_cli.errors import DataError, OmniError, UsageError
-from omni_cli.models.families import hub_arguments, is_path
+from omni_cli.models.families import family_of, hub_arguments, is_path, model_config
+from omni_cli.models.model_folders import CONFIG, check_config, check_weights, read_config, reading
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # The vision tower and the head stay in 16 bit; "visual" alone would spare nothing (transformers 5.23).
@@ -28,6 +29,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 _DEVICES = re.compile(r"cpu|cuda(:\d+)?")
 _NOT_QUANTISED = ["model.visual", "lm_head"]
+_TOKENS = ("<|video_pad|>", "<|im_end|>")  # in every prompt, after every answer
+_MOST_LACKING = 2  # times the weights held that a configuration may ask for until those that lack are named
 
 
 def load_model(source: str, dtype: torch.dtype, quantization: str = "none") -> PreTrainedModel:
@@ -35,23 +38,52 @@ def load_model(source: str, dtype: torch.dtype, quantization: str = "none") -> P
 
     Raises:
         OmniError: they are not there, or the hub cannot be reached.
-        DataError: some are missing, or have other shapes: the library would draw them at random.
+        DataError: the folder is damaged, some are missing, or have other shapes: the library would draw them at random.
     """
+    if Path(source).is_dir():
+        _check_size(source)
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    options["ignore_mismatched_sizes"] = True  # told of, that they may be named
     if quantization == "nf4":
         options["quantization_config"] = _nf4(dtype)
-    try:
+    with reading("load model", source):
         model, found = AutoModelForImageTextToText.from_pretrained(**hub_arguments(source), **options)
-    except (OSError, ValueError, ImportError) as error:
-        raise OmniError(f"cannot load model {source!r}: {str(error).splitlines()[0]}") from None
-    if absent := sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"]):
+    if other := sorted(found["mismatched_keys"]):
+        name, held, asked = other[0]
+        raise DataError(
+            f"model {source!r}: {name} has the shape {tuple(held)}, its config.json asks for {tuple(asked)}; "
+            "take the folder again from where it came"
+        )
+    if absent := sorted(found["missing_keys"]):
         raise DataError(f"model {source!r} lacks {len(absent)} of its weights, first {absent[0]}; fetch it again")
     return cast(PreTrainedModel, model)
 
 
+def _check_size(folder: str) -> None:
+    """Refuse a folder whose configuration asks for more than its weights are, before memory is taken for it.
+
+    Raises:
+        UsageError: it is of a family that omni does not know, an adapter or a run.
+        DataError: it does, or its files are damaged.
+    """
+    family_of(folder)
+    config = model_config(folder)
+    held = check_weights(Path(folder), is_quantized=getattr(config, "quantization_config", None) is not None)
+    wanted = sum(weight.numel() for weight in empty_model(config).parameters())
+    if wanted > _MOST_LACKING * held:
+        raise DataError(
+            f"model {folder!r}: its config.json asks for {wanted:,} weights, its files hold {held:,}; "
+            "take the folder again from where it came"
+        )
+
+
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """Return a model whose weights have shapes and no storage."""
-    with torch.device("meta"):
+    """Return a model whose weights have shapes and no storage.
+
+    Raises:
+        DataError: no model can be made of a folder's configuration.
+    """
+    with reading("plan model", config.name_or_path or config.model_type), torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config)
 
 
@@ -70,11 +102,16 @@ def load_tokenizer(source: str) -> Any:
 
     Raises:
         OmniError: it is not there, or the hub cannot be reached.
+        DataError: a folder's is damaged, or knows no token for a picture of a video.
     """
-    try:
-        return AutoTokenizer.from_pretrained(**hub_arguments(source))
-    except (OSError, ValueError) as error:
-        raise OmniError(f"cannot load the tokenizer of {source!r}: {str(error).splitlines()[0]}") from None
+    if (Path(source) / CONFIG).is_file():
+        read_config(Path(source))  # the library looks into it too
+    with reading("load the tokenizer of", source):
+        tokenizer = AutoTokenizer.from_pretrained(**hub_arguments(source))
+        lacks = [token for token in _TOKENS if token not in tokenizer.get_vocab()]
+    if lacks:
+        raise DataError(f"the tokenizer of {source!r} knows no {lacks[0]}; expected a Qwen-VL model's")
+    return tokenizer
 
 
 def base_of(model: nn.Module) -> Any:
@@ -216,22 +253,16 @@ def weights_fingerprint(source: str) -> str:
 
     Raises:
         UsageError: it is a path, and no folder is there, or one that is no model.
-        OmniError: the hub cannot be reached and its cache does not hold the model, or the folder has no safetensors.
+        DataError: the folder has no configuration or no safetensors, or they are damaged.
+        OmniError: the hub cannot be reached and its cache does not hold the model.
     """
     folder = Path(source)
     if not folder.is_dir():
         _check_hub_id(source)
         return f"{source}@{_hub_commit(source)}"
-    if (folder / "adapter_config.json").is_file():
-        raise UsageError(
-            f"model {source!r} is an adapter, and no base; fold it in with: omni merge, and name that folder"
-        )
-    if (folder / "final").is_dir():
-        raise UsageError(f"model {source!r} is a run; its weights are in {folder / 'final'}")
+    check_weights(folder, is_quantized="quantization_config" in check_config(folder))
     weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise OmniError(f"model {source!r}: the folder holds no *.safetensors; pickled weights are never loaded")
-    return files.hash_json({path.name: files.sha256_of(path) for path in [*weights, folder / "config.json"]})
+    return files.hash_json({path.name: files.sha256_of(path) for path in [*weights, folder / CONFIG]})
 
 
 def _check_hub_id(source: str) -> None:
