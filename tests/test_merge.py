@@ -17,7 +17,7 @@ from omni_cli.samples.dataset import WindowDataset
 from omni_cli.samples.shards import open_shards
 from omni_cli.stages import models, runs
 from omni_cli.stages.evaluate import EvalRequest, evaluate
-from omni_cli.stages.merge import MergeRequest, Parity, check_parity, merge, probe
+from omni_cli.stages.merge import MergeRequest, Parity, check_parity, count_changed, merge, probe
 from tests.support.folders import tree
 from tests.support.injection import needs_strace, run_traced
 from tests.support.pipeline import QUIET, Made, make_run, tiny_recipe, write_synthetic
@@ -64,7 +64,8 @@ def test_the_merge_is_exact_and_says_so(merged):
     parity = result["parity"]
     assert parity["adapter_moves"] > 0.01
     assert parity["merged"] < 2e-5
-    assert (parity["reloaded"], parity["choices_agree"]) == (0.0, 1.0)
+    assert (parity["changed_weights"], parity["choices_agree"]) == (0, 1.0)
+    assert parity["reloaded"] < 2e-5
     assert result["model"] == str(folder)
     assert json.loads(receipt_path(folder).read_text())["parity"] == parity
     assert runs.verified_folder(folder)
@@ -233,15 +234,26 @@ def test_what_is_no_model_folder_is_named(made, folder, tmp_path):
         ({"merged": float("inf")}, "merged outputs differ by inf"),
         ({"adapter_moves": 1e-5, "merged": 5e-5}, "less than the 1.0e-05 by which the adapter moves them"),
         ({"choices_agree": 0.98}, "first choice agrees at 98.0% of the positions, 100% expected"),
-        ({"reloaded": 1e-7}, "outputs of the written model differ by 1.0e-07"),
+        ({"changed_weights": 1}, "the written model differs from the merged one in 1 weight, its outputs by 7.0e-07"),
+        ({"reloaded": 2e-3}, "in 0 weights, its outputs by 2.0e-03; check the disk"),
+        ({"reloaded": float("nan")}, "its outputs by nan"),
     ],
 )
 @pytest.mark.fault("F30")
 def test_a_merge_that_changes_the_answers_is_refused(changes, message):
     good = {"adapter_moves": 0.5, "merged": 1e-6, "allowed": 1e-3, "choices_agree": 1.0, "choices_needed": 1.0}
-    check_parity(Parity(**good, reloaded=0.0))
+    good |= {"changed_weights": 0, "reloaded": 7e-7}
+    check_parity(Parity(**good))
     with pytest.raises(OmniError, match=message):
-        check_parity(Parity(**{**good, "reloaded": 0.0, **changes}))
+        check_parity(Parity(**{**good, **changes}))
+
+
+def test_a_weight_of_another_bit_is_counted():
+    one, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, bias=False)
+    other.weight = one.weight
+    assert (count_changed(one, one), count_changed(one, other)) == (0, 1)
+    other.weight = torch.nn.Parameter(torch.nextafter(one.weight.detach(), torch.tensor(9.0)))
+    assert count_changed(one, other) == 2
 
 
 def test_the_probe_is_the_same_every_time(made):

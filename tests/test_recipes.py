@@ -264,7 +264,7 @@ def test_an_adapter_is_merged_with_parity_and_answers_as_before(made):
     parity = merge(made.adapting, made.adapter, MergeRequest(), QUIET)["parity"]
     assert parity["adapter_moves"] > 10 * parity["merged"]
     assert parity["merged"] <= parity["allowed"]
-    assert (parity["reloaded"], parity["choices_agree"]) == (0, 1)
+    assert (parity["changed_weights"], parity["choices_agree"]) == (0, 1)
     model = models.open_model(made.adapter.folder / "merged")
     merged = model.recipe_settings(recipe_class(model.card.recipe))
     preprocess, dataset = model.card.preprocess, made.dataset("val")

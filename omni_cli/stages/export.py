@@ -54,16 +54,14 @@ def export(recipe: Any, run: runs.Run, request: ExportRequest, console: Console)
     if form not in known:
         raise UsageError(f"--format {form}: recipe {run.manifest.recipe} is exported as {' or '.join(known)}")
     folder = request.out or run.folder / "export" / form
-    facts = {"run_weights": models.weights_key(run), "asked": _asked(form, request)}
-    if done := models.made_from(folder, **facts):
+    if done := models.made_from(folder, **_facts(form, run, request)):
         console.say(f"{folder} is exported from these weights; nothing to do")
         return {"export": str(folder), "run": str(run.folder), **done["result"]}
     folder.parent.mkdir(parents=True, exist_ok=True)
     if form == "hf":
-        result = _export_hf(folder, exportable, run, console)
+        result = _export_hf(folder, exportable, run, request, console)
     else:
         result = _export_onnx(folder, exportable, run, request, console)
-    runs.seal_folder(folder, **facts, result=result)
     console.say(f"exported to {folder}")
     return {"export": str(folder), "run": str(run.folder), **result}
 
@@ -80,23 +78,31 @@ def parse_batches(text: str) -> tuple[int, ...]:
     return tuple(range(int(first), int(last or first) + 1))
 
 
+def _facts(form: str, run: runs.Run, request: ExportRequest) -> dict[str, Any]:
+    """Return what the receipt says that an export was made from."""
+    return {"run_weights": models.weights_key(run), "asked": _asked(form, request)}
+
+
 def _asked(form: str, request: ExportRequest) -> dict[str, Any]:
     if form == "hf":
         return {"format": form}
     return {"format": form, "opset": request.opset, "batches": list(request.batches), "dtype": request.dtype}
 
 
-def _export_hf(folder: Path, recipe: Exportable, run: runs.Run, console: Console) -> dict[str, Any]:
+def _export_hf(
+    folder: Path, recipe: Exportable, run: runs.Run, request: ExportRequest, console: Console
+) -> dict[str, Any]:
     """Copy the whole model, merged first where the run is an adapter, and add what the hub's processors read."""
     source = run.final
     if recipe.tune.mode != "full":
         source = Path(merge(recipe, run, MergeRequest(), console)["model"])
-    with models.publish_folder(folder, "exporting to") as made:
+    with models.publish_folder(folder, "exporting to") as (made, facts):
         shutil.copytree(source, made, dirs_exist_ok=True)
         recipe.write_processor_files(made, run.manifest.preprocess)
         models.write_model_card(made, recipe, run)
-        names = sorted(path.name for path in made.iterdir())
-    return {"format": "hf", "files": names}
+        result = {"format": "hf", "files": sorted(path.name for path in made.iterdir())}
+        facts |= {**_facts("hf", run, request), "result": result}
+    return result
 
 
 def _export_onnx(
@@ -106,7 +112,7 @@ def _export_onnx(
     runtime, preprocess = _check_onnx(request), run.manifest.preprocess
     built = _load(recipe, run)
     planned = recipe.programs(built, preprocess, request.batches)
-    with models.publish_folder(folder, "exporting to") as made:
+    with models.publish_folder(folder, "exporting to") as (made, facts):
         written = []
         with console.progress("export", len(planned), "programs") as bar:
             for program in planned:
@@ -115,11 +121,13 @@ def _export_onnx(
         run_program = partial(_run_named, cache(partial(_session, runtime, made)), _DTYPES[request.dtype])
         rehearsed = dict(recipe.rehearse(built, planned, run_program, request.dtype))
         files.write_json(made / ONNX_CARD, _onnx_card(run, request, written, rehearsed))
+        result = {"format": "onnx", "programs": written, "rehearsed": rehearsed}
+        facts |= {**_facts("onnx", run, request), "result": result}
     worst = max(program["max_difference"] for program in written)
     console.say(f"{len(written)} programs, outputs differ from torch by {worst:.1e} at most")
     for what, difference in rehearsed.items():
         console.say(f"{what}: differ by {difference:.1e} of the largest number of a kind at most")
-    return {"format": "onnx", "programs": written, "rehearsed": rehearsed}
+    return result
 
 
 def _load(recipe: Exportable, run: runs.Run) -> BuiltModel:

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from omni_cli.errors import OmniError, UsageError
 from omni_cli.recipe import BuiltModel, Mergeable, require
-from omni_cli.report import Console
+from omni_cli.report import Console, counted
 from omni_cli.samples.preprocess import Preprocess
 from omni_cli.stages import models, runs
 
@@ -35,7 +35,8 @@ class Parity:
     allowed: float
     choices_agree: float  # share of the probed positions
     choices_needed: float
-    reloaded: float  # read back from disk against merged in memory
+    changed_weights: int  # of those read back from disk, against those merged in memory, bit for bit
+    reloaded: float  # outputs of those; rounding may differ with where in memory a weight lies
 
 
 def merge(recipe: Any, run: runs.Run, request: MergeRequest, console: Console) -> dict[str, Any]:
@@ -54,9 +55,9 @@ def merge(recipe: Any, run: runs.Run, request: MergeRequest, console: Console) -
         console.say(f"{folder} is merged from these weights; nothing to do")
         return {"model": str(folder), "run": str(run.folder), "parity": done["parity"]}
     models.check_base(mergeable, run)
-    with models.publish_folder(folder, "merging into") as made:
+    with models.publish_folder(folder, "merging into") as (made, facts):
         parity = _merge_into(made, mergeable, run, console)
-    runs.seal_folder(folder, run_weights=key, parity=vars(parity))
+        facts |= {"run_weights": key, "parity": vars(parity)}
     console.say(f"merged model in {folder}: outputs differ by {parity.merged:.1e}, {parity.allowed:.1e} allowed")
     return {"model": str(folder), "run": str(run.folder), "parity": vars(parity)}
 
@@ -74,13 +75,15 @@ def _merge_into(folder: Path, recipe: Mergeable, run: runs.Run, console: Console
     in_memory = probe(recipe, merged, preprocess)
     recipe.save(merged, folder)
     models.write_model_card(folder, recipe, run)
-    from_disk = probe(recipe, recipe.of_whole_model(str(folder)).load(preprocess, folder), preprocess)
+    read_back = recipe.of_whole_model(str(folder)).load(preprocess, folder)
+    from_disk = probe(recipe, read_back, preprocess)
     parity = Parity(
         adapter_moves=difference(expected, without),
         merged=difference(in_memory, expected),
         allowed=tolerance * max(1.0, float(expected.abs().max())),
         choices_agree=float((recipe.choices(in_memory) == recipe.choices(expected)).double().mean()),
         choices_needed=choices_needed,
+        changed_weights=count_changed(read_back.model, merged.model),
         reloaded=difference(from_disk, in_memory),
     )
     check_parity(parity)
@@ -98,6 +101,13 @@ def difference(one: Tensor, other: Tensor) -> float:
     """Return the largest difference of an output; infinite where one is not a number."""
     largest = (one - other).abs().max()
     return float(largest) if bool(torch.isfinite(largest)) else float("inf")
+
+
+def count_changed(one: nn.Module, other: nn.Module) -> int:
+    """Return how many tensors of two models differ in a bit, or are in one of them alone."""
+    ones, others = one.state_dict(), other.state_dict()
+    shared = ones.keys() & others.keys()
+    return len(ones.keys() ^ others.keys()) + sum(not torch.equal(ones[name], others[name]) for name in shared)
 
 
 def check_parity(parity: Parity) -> None:
@@ -118,7 +128,8 @@ def check_parity(parity: Parity) -> None:
             f"the merged model's first choice agrees at {parity.choices_agree:.1%} of the positions, "
             f"{parity.choices_needed:.0%} expected; nothing is published"
         )
-    if parity.reloaded:
+    if parity.changed_weights or not parity.reloaded <= parity.allowed:
         raise OmniError(
-            f"outputs of the written model differ by {parity.reloaded:.1e}; check the disk, and merge again"
+            f"the written model differs from the merged one in {counted(parity.changed_weights, 'weight')}, "
+            f"its outputs by {parity.reloaded:.1e}; check the disk, and merge again"
         )

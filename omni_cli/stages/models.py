@@ -16,11 +16,12 @@ import torch
 
 from omni_cli import files
 from omni_cli.config import Layer, Settings, read_document, resolve
-from omni_cli.errors import DataError, UsageError
+from omni_cli.errors import DataError, OmniError, UsageError
 from omni_cli.models.host_memory import keep_freed_blocks
 from omni_cli.recipe import Trainable
 from omni_cli.samples.preprocess import Preprocess
 from omni_cli.stages import runs
+from omni_cli.stages.disk import writing
 
 FORMAT = 1
 CARD_FILE = "omni.json"
@@ -91,8 +92,11 @@ def open_model(folder: Path) -> ModelFolder:
 
 
 @contextmanager
-def publish_folder(folder: Path, doing: str) -> Iterator[Path]:
-    """Yield an empty folder that takes its place only if the block ends without an error; seal it afterwards.
+def publish_folder(folder: Path, doing: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield an empty folder that takes its place, and is sealed, only if the block ends without an error.
+
+    The block puts the facts of the receipt into the dict beside it. They are written with the lock still held: another
+    process would take the folder away while it is hashed. After an error nothing is left.
 
     Raises:
         UsageError: what is in the way is a part of a run, or omni did not make it.
@@ -104,19 +108,31 @@ def publish_folder(folder: Path, doing: str) -> Iterator[Path]:
         raise UsageError(f"{folder}: is there and omni did not make it; choose another folder with --out")
     work = folder.with_name(f".{folder.name}.partial")
     with files.exclusive(work, doing):
-        files.remove_leftovers(folder.parent)  # a kill may have left half of its receipt
-        made, old = work / "made", work / "old"
-        for leftover in (made, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        made.mkdir()
-        yield made
-        files.sync_tree(made)  # before the rename says that it is there
-        files.receipt_path(folder).unlink(missing_ok=True)
-        if folder.exists():
-            folder.rename(old)
-        made.rename(folder)
-        files.sync_folder(folder.parent)
-        shutil.rmtree(work)  # with the lock still held: what is in it is ours
+        if not (work / ".lock").exists():
+            raise OmniError(f"another omni has just left {folder}; run the same command again")
+        try:
+            files.remove_leftovers(folder.parent)  # a kill may have left half of its receipt
+            made, old = work / "made", work / "old"
+            for leftover in (made, old):
+                shutil.rmtree(leftover, ignore_errors=True)
+            made.mkdir()
+            facts: dict[str, Any] = {}
+            with writing(made):
+                yield made, facts
+            _take_place(made, folder, old)
+            runs.seal_folder(folder, **facts)
+        finally:
+            shutil.rmtree(work)  # with the lock still held: what is in it is ours
+
+
+def _take_place(made: Path, folder: Path, old: Path) -> None:
+    """Put a folder in the place of another, which has no receipt from here on."""
+    files.sync_tree(made)  # before the rename says that it is there
+    files.receipt_path(folder).unlink(missing_ok=True)
+    if folder.exists():
+        folder.rename(old)
+    made.rename(folder)
+    files.sync_folder(folder.parent)
 
 
 def check_base(recipe: Trainable, run: runs.Run) -> None:

@@ -16,15 +16,17 @@ from omni_cli import files, telemetry
 from omni_cli.errors import DataError, Preempted, UsageError
 from omni_cli.models.adapters import trainable_count, weight_count
 from omni_cli.models.losses import IGNORED
-from omni_cli.recipe import BuiltModel, Sampled, Tokenized, Trainable, TrainSettings
-from omni_cli.report import Console
+from omni_cli.recipe import BuiltModel, ModelSize, Sampled, Tokenized, Trainable, TrainSettings
+from omni_cli.report import Console, counted
 from omni_cli.samples.dataset import WindowDataset
 from omni_cli.samples.preprocess import Preprocess
 from omni_cli.samples.shards import ShardSet, open_shards
 from omni_cli.samples.splits import check_no_leak
-from omni_cli.stages import checkpoints, locate, models, runs
+from omni_cli.stages import checkpoints, disk, locate, models, runs
 from omni_cli.stages.etl import EtlRequest, ensure_sidecar, etl
 from omni_cli.stages.fitting import as_cut, check_fit, short
+from omni_cli.stages.loading import in_words_of_workers
+from omni_cli.stages.raw_lock import reading
 from omni_cli.stages.trainer import (
     GradientCheck,
     Journal,
@@ -63,6 +65,7 @@ class TrainRequest:
     profile: str
     fresh: bool = False
     dry_run: bool = False
+    asked: frozenset[str] | None = None  # keys of the settings that the user typed; None: all of them
 
 
 def train(recipe: Any, request: TrainRequest, console: Console) -> dict[str, Any]:
@@ -73,6 +76,7 @@ def train(recipe: Any, request: TrainRequest, console: Console) -> dict[str, Any
             the shards do not fit the recipe, or its optimiser cannot be used.
         DataError: the shards hold no window to train on, a sample is too long, or a drive is in train and in val.
         Preempted: a signal stopped it; a checkpoint was saved.
+        OmniError: another process is training this run, or is taking the shards away.
     """
     name = f"{recipe.name}-{request.profile}" if request.run is None else request.run
     folder = runs.named_folder(request.runs, name)
@@ -82,9 +86,9 @@ def train(recipe: Any, request: TrainRequest, console: Console) -> dict[str, Any
     runs.check_ours(folder, fresh=request.fresh)
     check_runnable(recipe)  # before an hour of etl
     shards = _find_shards(recipe, request, console)
-    console.say(f"shards {shards.folder}: {shards.manifest.count('train')} windows to train on")
-    recipe = as_cut(recipe, shards, console)
-    with files.exclusive(folder, runs.TRAINING):
+    console.say(f"shards {shards.folder}: {counted(shards.manifest.count('train'), 'window')} to train on")
+    recipe = as_cut(recipe, shards, console, request.asked)
+    with reading(shards.folder), files.exclusive(folder, runs.TRAINING):
         return train_in(folder, recipe, shards, request.profile, console, fresh=request.fresh)
 
 
@@ -125,12 +129,23 @@ def train_in(
         console.say(f"run {folder} is finished; nothing to do")
         return _result(run)
     check_runnable(recipe)
+    _check_disk(folder, recipe, preprocess, shards)
     key = ensure_sidecar(shards, recipe, console)
     dataset = WindowDataset(shards, "train", key, verify=recipe.train.verify_shards)
     _check_rows(dataset, recipe, shards.folder)
     with runs.emptied(folder) if fresh else contextlib.nullcontext():
         run = run or runs.start_run(folder, manifest, recipe)
         return _finish(run, recipe, dataset, preprocess, console)
+
+
+def _check_disk(folder: Path, recipe: Any, preprocess: Preprocess, shards: ShardSet) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Raises:
+        OmniError: it cannot.
+    """
+    steps = planned_steps(recipe.train, shards.manifest.count("train"))
+    disk.check_room(folder, disk.run_bytes(recipe.size(preprocess), recipe.tune.mode, recipe.train, steps))
 
 
 def _finish(
@@ -140,8 +155,9 @@ def _finish(
     files.write_json(run.folder / runs.LEARNED, _learned(dataset, recipe).model_dump(mode="json"))
     built, facts = _fit(run, recipe, dataset, preprocess, console)
     shutil.rmtree(run.final, ignore_errors=True)
-    recipe.save(built, run.final)
-    run.seal(**facts)
+    with disk.writing(run.final):
+        recipe.save(built, run.final)
+        run.seal(**facts)
     console.say(f"run {run.folder}: {facts['steps']} steps, loss {facts['loss']:.4f}, weights in {run.final}")
     return _result(run)
 
@@ -162,8 +178,17 @@ def dry_run(recipe: Any, request: TrainRequest, console: Console) -> dict[str, A
         **({"notes": size.notes} if size.notes else {}),
     }
     facts |= _planned_steps(recipe, request, console)
+    facts |= _planned_disk(size, recipe, facts.get("steps"))
     console.table(f"plan of omni train --profile {request.profile}", ("what", "value"), [*_readable(facts)])
     return {"dry_run": True, **facts}
+
+
+def _planned_disk(size: ModelSize, recipe: Any, steps: int | None) -> dict[str, int]:
+    tuning, settings = recipe.tune.mode, recipe.train
+    return {
+        "checkpoint_bytes": disk.checkpoint_bytes(size, tuning, settings.optimizer),
+        "disk_bytes": disk.run_bytes(size, tuning, settings, steps),
+    }
 
 
 def _planned_steps(recipe: Any, request: TrainRequest, console: Console) -> dict[str, Any]:
@@ -194,7 +219,8 @@ def _fit(
     gradients = GradientCheck(start.facts)
     set_seed(recipe.train.seed)
     built = recipe.build(preprocess, start.checkpoint)
-    console.say(f"run {run.folder}: {_describe(recipe, built)} from {len(dataset)} windows, {_span(start.step, steps)}")
+    learns_from = counted(len(dataset), "window")
+    console.say(f"run {run.folder}: {_describe(recipe, built)} from {learns_from}, {_span(start.step, steps)}")
     for note in built.notes:
         console.say(note)
     trainer = make_trainer(saved, recipe, built, dataset, steps)
@@ -221,7 +247,8 @@ def _take_steps(
         for callback in (gradients, stop, Journal(run, gradients, bar)):
             trainer.add_callback(callback)
         try:
-            trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
+            with in_words_of_workers():
+                trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
         finally:
             stop.restore()
     if stop.signal == signal.SIGINT:
@@ -323,7 +350,12 @@ def _result(run: runs.Run) -> dict[str, Any]:
 
 
 def _readable(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    return [
-        (key.replace("_", " "), f"{value:,}" if isinstance(value, int) else short(value))
-        for key, value in facts.items()
-    ]
+    return [(key.replace("_", " "), _worded(value)) for key, value in facts.items()]
+
+
+def _worded(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {one}" for name, one in value.items())
+    return f"{value:,}" if isinstance(value, int) else short(value)

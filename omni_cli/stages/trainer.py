@@ -28,9 +28,8 @@ from omni_cli.report import Console, Step
 from omni_cli.samples.dataset import WindowDataset
 from omni_cli.samples.preprocess import Preprocess
 from omni_cli.stages.checkpoints import remove_stray_receipts
+from omni_cli.stages.disk import CHECKPOINTS_KEPT, writing
 from omni_cli.stages.runs import HISTORY, Run, seal_folder
-
-_CHECKPOINTS_KEPT = 2
 
 
 class TrueLoss:
@@ -40,6 +39,7 @@ class TrueLoss:
     preprocess: Preprocess
     accelerator: Any
     args: Any
+    state: Any
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -53,6 +53,11 @@ class TrueLoss:
             # A step without a label, whose sum is 0, teaches nothing; 0 / 0 would end the training.
             value = loss.total * self.accelerator.num_processes / max(num_items_in_batch, 1)
         return (value, {}) if return_outputs else value
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint whole, or leave nothing of it: the one before it is there as long as it does not count."""
+        with writing(Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"):
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]  # of the Trainer that this is mixed into
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Say nothing of a resume in full: the recipe built the model from the checkpoint, key by key, before.
@@ -91,7 +96,7 @@ def trainer_arguments(folder: Path, recipe: Any, steps: int) -> Any:
         "activation_checkpointing": settings.gradient_checkpointing,
         "save_strategy": "steps",
         "save_steps": settings.save_steps,
-        "save_total_limit": _CHECKPOINTS_KEPT,
+        "save_total_limit": CHECKPOINTS_KEPT,
         "logging_steps": settings.log_steps,
         "logging_nan_inf_filter": False,  # it would put the mean of the others in place of a loss that is no number
         "dataloader_num_workers": settings.workers,
@@ -238,7 +243,8 @@ class Journal(TrainerCallback):
         assert args.output_dir is not None
         if state.is_world_process_zero:
             checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            seal_folder(checkpoint, run=self._run_key, step=state.global_step, **self._gradients.facts)
+            with writing(checkpoint):
+                seal_folder(checkpoint, run=self._run_key, step=state.global_step, **self._gradients.facts)
             remove_stray_receipts(checkpoint.parent)
 
 

@@ -27,19 +27,21 @@ REFUSED, CRASHED = 3, 70
 CALLS = "openat,write,pwrite64,fsync,fdatasync,rename,renameat,unlink,unlinkat,close,read,fstat,newfstatat,lseek,mkdir"
 
 
-def run_traced(act: Callable[[], object], *rules: str, log: Path | None = None) -> int:
+def run_traced(act: Callable[[], object], *rules: str, log: Path | None = None, only: Path | None = None) -> int:
     """Run `act` in a fork under strace; return its exit code (negative: the signal that killed it).
 
     Args:
         act: its OSError or OmniError is REFUSED, anything else that it raises CRASHED.
         rules: of strace, such as `inject=fsync:error=EIO:when=3`.
         log: where the calls are listed.
+        only: the file whose calls alone are counted; None: of every file.
     """
     pid = os.fork()
     if pid == 0:
         os._exit(_child(act))
     os.waitpid(pid, os.WUNTRACED)
     command = ["strace", "-f", "-qqq", "-o", str(log or os.devnull), "-p", str(pid), "-e", f"trace={CALLS}"]
+    command += ["-P", str(only)] if only else []
     with subprocess.Popen([*command, *(part for rule in rules for part in ("-e", rule))]) as tracer:
         while f"TracerPid:\t{tracer.pid}\n" not in Path(f"/proc/{pid}/status").read_text():
             time.sleep(0.002)

@@ -134,9 +134,9 @@ def _give_language(recipe: Any, run: runs.Run, request: DemoRequest, story: Stor
             return folder
         llama, tokenizer = graft.load_llama(graft.smollm2_file())
         seeing = recipe.load(run.manifest.preprocess, run.final).model
-        with models.publish_folder(folder, "grafting into") as made:
+        with models.publish_folder(folder, "grafting into") as (made, facts):
             recipe.save(BuiltModel(graft.graft(llama, tokenizer, seeing, request.seed), tokenizer), made)
-        runs.seal_folder(folder, run_weights=key)
+            facts["run_weights"] = key
         story.console.say(f"{folder}: the logits of a text are SmolLM2's own, bit for bit")
     return folder
 

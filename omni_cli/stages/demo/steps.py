@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from omni_cli.errors import DataError
-from omni_cli.report import Console
+from omni_cli.report import Console, counted
 from omni_cli.samples.shards import open_shards
 from omni_cli.stages import runs
 from omni_cli.stages.audit import AuditRequest, audit
@@ -118,7 +118,7 @@ def held_out_recording(run: runs.Run) -> str:
 
 def show_table(name: str, report: dict[str, Any], recipe: Any, console: Console) -> None:
     """Show how well a run's model did beside everything it was compared with."""
-    title = f"{name}: {report['windows']} windows of {report['recordings']} drives it never saw"
+    title = f"{name}: {counted(report['windows'], 'window')} of {counted(report['recordings'], 'drive')} it never saw"
     show_scores(title, report, recipe.metrics, console)
 
 
