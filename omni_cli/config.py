@@ -6,6 +6,7 @@ dotted key, what was found, what was expected, and the nearest right spelling.
 """
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -215,7 +216,16 @@ def _explain(schema: type[Settings], error: ErrorDetails, origins: Mapping[str, 
         return f"{where}{key} is required and no layer sets it; add it to the profile or give --set {key}=VALUE"
     found = "" if isinstance(error["input"], dict) else f" = {error['input']!r}"
     message = error["msg"].removeprefix("Value error, ")
-    return f"{where}{key}{found}: {message[:1].lower()}{message[1:]}"
+    return f"{where}{key}{found}: {message[:1].lower()}{message[1:]}{_meant(error)}"
+
+
+def _meant(error: ErrorDetails) -> str:
+    """Return which of some words was meant, where a value is near one of them."""
+    if error["type"] != "literal_error":
+        return ""
+    known = re.findall(r"'([^']*)'", str(error.get("ctx", {}).get("expected", "")))
+    close = difflib.get_close_matches(str(error["input"]), known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _right_key(schema: type[Settings], names: Sequence[str]) -> str:

@@ -71,7 +71,7 @@ def load_profile(name: str) -> Profile:
     elif name in shipped:
         layer = read_layer(shipped[name])
     else:
-        raise UsageError(f"unknown profile {name!r}; {nearest(name, shipped)}; or give the path of a TOML file")
+        raise UsageError(f"unknown profile {name!r}; {nearest(name, shipped)} (or the path of a TOML file)")
     return resolve(Profile, [layer]).value
 
 

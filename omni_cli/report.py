@@ -6,6 +6,7 @@ prints a plain line now and then.
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,9 @@ from typing import Any, Protocol
 
 from rich.console import Console as RichConsole
 from rich.console import JustifyMethod
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
@@ -23,6 +26,15 @@ from omni_cli import SCHEMA_VERSION
 
 _PLAIN_INTERVAL_S = 15.0
 _LOG_WIDTH = 120  # characters of a table that no terminal limits
+_SPINS_HZ = 8
+_NAME_WIDTH = 32  # a longer name wraps: it would push the numbers off a terminal
+_NUMBER, _UNIT = r"[-+<~≈]?\d[\d.,_]*", r"[^\W\d_]{1,3}(?:/s)?|%"
+_AMOUNT = re.compile(rf"{_NUMBER}(?: \.\. {_NUMBER})?(?: ?(?:{_UNIT}))?|n/a|no answer|\?|-?")  # of a column of numbers
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a count with its noun: 1 recording, 2 recordings."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 class Step(Protocol):
@@ -30,6 +42,9 @@ class Step(Protocol):
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """Count finished units; the note appears beside the bar."""
+
+    def under_way(self, units: float) -> None:
+        """Tell how much of further units is done, such as 1.25 of two; nothing of it is counted as finished."""
 
 
 def _stderr() -> RichConsole:
@@ -57,28 +72,56 @@ class Console:
         self._rich.print(f"warning: {line}", markup=False, soft_wrap=True, style="yellow")
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """Print a table; the first column is left-aligned, the others right-aligned."""
+        """Print a table; columns of numbers are right-aligned, names and words left-aligned."""
         if self.quiet:
             return
         # All as Text: `[bnb]` and `[m/s]` are no markup.
         table = Table(title=Text(title, style="bold"), title_justify="left")
+        is_short = all(len(str(row[0])) <= _NAME_WIDTH for row in rows)
         for index, name in enumerate(header):
-            side: JustifyMethod = "left" if index == 0 else "right"
-            table.add_column(Text(name), justify=side, overflow="fold", no_wrap=index == 0)
+            is_of_numbers = index > 0 and all(_AMOUNT.fullmatch(str(row[index])) for row in rows)
+            side: JustifyMethod = "right" if is_of_numbers else "left"
+            table.add_column(Text(name), justify=side, overflow="fold", no_wrap=index == 0 and is_short)
         for row in rows:
             table.add_row(*(Text(str(cell)) for cell in row))
         self._rich.print(table)
 
     @contextmanager
+    def passing(self, line: str) -> Iterator[None]:
+        """Show a line with a spinner on a terminal, and nothing elsewhere, until the block ends."""
+        if self.quiet or self.json_output or not self._rich.is_terminal:
+            yield
+            return
+        spinner = Spinner("dots", Text(line))
+        # what is imported meanwhile may keep sys.stderr: it is left as it is
+        with Live(
+            spinner, console=self._rich, refresh_per_second=_SPINS_HZ, transient=True, redirect_stdout=False,
+            redirect_stderr=False,
+        ):  # fmt: skip
+            yield
+
+    @contextmanager
     def progress(self, label: str, total: int, unit: str) -> Iterator[Step]:
-        """Show a bar with rate and remaining time on a terminal, plain and rare lines elsewhere."""
+        """Show a bar with rate and remaining time on a terminal, plain and rare lines elsewhere.
+
+        Args:
+            label: of the work.
+            total: how many units it is.
+            unit: what they are called: recordings.
+        """
+        unit = unit.removesuffix("s") if total == 1 else unit
         if self.quiet or total == 0:
             yield _Silent()
         elif self._rich.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.fields[done]}"),
+                TextColumn(unit),
+            )
             clock = (TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TimeRemainingColumn())
             with Progress(*columns, *clock, TextColumn("{task.fields[note]}"), console=self._rich) as bar:
-                yield _Bar(bar, bar.add_task(label, total=total, rate="", note=""))
+                yield _Bar(bar, bar.add_task(label, total=total, done=f"0/{total}", rate="", note=""), total)
         else:
             yield _Plain(self, label, total, unit)
 
@@ -94,17 +137,31 @@ class _Silent:
     def advance(self, count: int = 1, note: str = "") -> None:
         pass
 
+    def under_way(self, units: float) -> None:
+        pass
+
 
 @dataclass
 class _Bar:
     bar: Progress
     task: Any
+    total: int
+    done: int = 0
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        self.bar.advance(self.task, count)
+        self.done += count
+        self._draw(self.done, note)
+
+    def under_way(self, units: float) -> None:
+        self._draw(self.done + units)
+
+    def _draw(self, completed: float, note: str = "") -> None:
+        self.bar.update(self.task, completed=completed)
         state = self.bar.tasks[self.bar.task_ids.index(self.task)]
         rate = state.speed
-        self.bar.update(self.task, rate=f"{rate:.2f}/s" if rate else "", note=note or state.fields["note"])
+        finished = f"{self.done:{len(str(self.total))}}/{self.total}"
+        note = note or state.fields["note"]
+        self.bar.update(self.task, done=finished, rate=f"{rate:.2f}/s" if rate else "", note=note)
 
 
 @dataclass
@@ -120,13 +177,20 @@ class _Plain:
     def advance(self, count: int = 1, note: str = "") -> None:
         is_ending = self.done < self.total <= self.done + count  # what is less than a unit may still come after it
         self.done += count
-        now = time.monotonic()
-        if now - self.printed < _PLAIN_INTERVAL_S and not is_ending:
-            return
-        self.printed = now
-        rate = self.done / max(now - self.started, 1e-9)
-        left = (self.total - self.done) / rate if rate else 0.0
-        ending = f", {left:.0f} s left" if self.done < self.total else ""
-        self.console.say(
-            f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.2f}/s{ending}{f' {note}' if note else ''}"
-        )
+        if is_ending or self._is_due():
+            self._print(self.done, note)
+
+    def under_way(self, units: float) -> None:
+        if self._is_due():
+            self._print(round(self.done + units, 2))
+
+    def _is_due(self) -> bool:
+        return time.monotonic() - self.printed >= _PLAIN_INTERVAL_S
+
+    def _print(self, done: float, note: str = "") -> None:
+        self.printed = now = time.monotonic()
+        rate = done / max(now - self.started, 1e-9)
+        left = (self.total - done) / rate if rate else 0.0
+        ending = f", {left:.0f} s left" if rate and done < self.total else ""
+        said = f"{self.label}: {done:.10g}/{self.total} {self.unit}, {rate:.2f}/s{ending}"
+        self.console.say(f"{said} {note}" if note else said)

@@ -39,9 +39,12 @@ def nan(columns):
     ("line", "message"),
     [
         ("etl --profile cpu-tinny", "unknown profile 'cpu-tinny'; did you mean 'cpu-tiny'?"),
-        ("train --profile cpu-tiny --set sample.windw=3", "--set: unknown key sample.windw; did you mean 'window'?"),
+        ("run --profile cpu-tiny --set sample.windw=3", "--set: unknown key sample.windw; did you mean 'window'?"),
         ("etl --profile cpu-tiny", "no data folder data; get some with: omni fetch --source synthetic --chunks 2"),
-        ("etl --profile cpu-tiny --rate-hz 3000000", "sample.rate_hz = 3e+06: expected 0.001 to 1000 frames a second"),
+        (
+            "etl --profile cpu-tiny --rate-hz 3000000 --dry-run",
+            "sample.rate_hz = 3e+06: expected 0.001 to 1000 frames a second",
+        ),
         ("etl --profile cpu-tiny --rate-hz 1e-300 --dry-run", "sample.rate_hz = 1e-300: expected 0.001 to 1000"),
         ("etl --profile cpu-tiny --config .", ".: cannot be read (Is a directory); give the path of a TOML file"),
         ("run --profile cpu-tiny --config .", ".: cannot be read (Is a directory); give the path of a TOML file"),
@@ -97,7 +100,7 @@ def test_damaged_data_is_refused_by_name(damage, reason, raw, capsys):
     code, said = said_by(ETL, capsys)
     assert code == 3
     assert re.search(rf"warning: refused {CLIP}: .*{reason}", said), said
-    assert re.search(r"error: \d of 4 recordings were refused, more than the 20% allowed; .* omni audit", said)
+    assert re.search(r"error: \d of 4 recordings refused, more than the 20% allowed; .* omni audit", said)
     assert not (raw.parent / "shards" / "manifest.json").exists()
     assert run(["audit", "raw", "--deep", "--json"]) == 3
     assert CLIP in capsys.readouterr().out

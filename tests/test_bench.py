@@ -25,7 +25,7 @@ from omni_cli.stages.bench.texture import TextureSpec, texture_video
 from omni_cli.stages.bench.timing import Line, Timing, measure
 from omni_cli.stages.etl import ensure_sidecar
 from omni_cli.stages.export import ExportRequest, export
-from omni_cli.stages.runs import finished_runs
+from omni_cli.stages.locate import finished_runs
 from tests.support.drives import preprocess, write_video
 from tests.support.pipeline import QUIET, make_run, tiny_recipe, write_synthetic
 

@@ -27,11 +27,12 @@ from omni_cli import errors
 from omni_cli.__main__ import run
 verb = types.ModuleType("omni_cli.commands.doctor")
 verb.EXAMPLE = "omni doctor"
-def command(json: bool = False) -> None:
+def command(json: bool = False, quiet: bool = False) -> None:
     print("started", flush=True)
     {body}
 verb.command = command
 sys.modules[verb.__name__] = verb
+sys.modules["omni_cli.stages.doctor"] = types.ModuleType("of that verb")
 sys.exit(run(["doctor", *sys.argv[1:]]))
 """
 

@@ -17,6 +17,8 @@ def test_a_route_may_be_called_as_openpilot_does_or_by_its_log(tmp_path):
     log = ids[1].removeprefix(f"{DONGLE}_")
     for word in (ids[1], f"{DONGLE}|{log}", f"{DONGLE}/{log}", log):
         assert found(word) == [ids[1]]
-    for word in (log[1:], DONGLE, "0"):
+    for word in (DONGLE, "0"):
         with pytest.raises(UsageError, match=rf"no recording of that id .*, or an id: {ids[0]}, {ids[1]}$"):
             found(word)
+    with pytest.raises(UsageError, match=rf"no recording of that id .*; did you mean '{ids[1]}'\?$"):
+        found(log[1:])

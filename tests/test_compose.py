@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from omni_cli.commands._compose import camera_list, choose_profile, compose_recipe, recipe_of_shards, table_of
+from omni_cli.commands._compose import (
+    camera_list,
+    choose_profile,
+    compose_recipe,
+    recipe_of_shards,
+    table_of,
+    typed_keys,
+)
 from omni_cli.commands._options import parse_share, parse_split
 from omni_cli.config import comma_list
 from omni_cli.errors import UsageError
@@ -27,6 +34,8 @@ def test_each_layer_wins_over_the_one_before(tmp_path: Path):
     assert (sample.window, origin_of("sample.window")) == (5, str(config))
     assert (sample.stride, origin_of("sample.stride")) == (6, "--stride")
     assert (sample.rate_hz, origin_of("sample.rate_hz")) == (7.0, "--set")
+    typed = typed_keys(composed, load_profile("cpu-tiny"))
+    assert typed == {"sample.window", "sample.stride", "sample.rate_hz"}
 
 
 @pytest.mark.parametrize(

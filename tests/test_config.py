@@ -55,6 +55,7 @@ def test_later_layers_win_and_origins_are_kept():
         ("lora.rank=four", "--set: lora.rank = 'four': input should be a valid integer"),
         ("lora.rank=4.5", "--set: lora.rank = 4.5: input should be a valid integer"),
         ("dtype=fp8", "--set: dtype = 'fp8': input should be 'bfloat16' or 'float32'"),
+        ("dtype=float3", "--set: dtype = 'float3': input should be 'bfloat16' or 'float32'; did you mean 'float32'?"),
         ("learning_rate=nan", "--set: learning_rate = nan: input should be a finite number"),
         ("lora=3", "--set: lora = 3: input should be a valid dictionary"),
         ("lora.rank", "--set lora.rank: expected KEY=VALUE"),

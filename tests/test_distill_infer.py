@@ -261,7 +261,7 @@ def said_by(line: str, capsys) -> tuple[int, str]:
 
 
 ETL = "etl --recipe distill --profile cpu-tiny --quiet --workers 0 --window 5 --out shards"
-REFUSED = "1 of 1 recordings were refused, more than the 20% allowed; the first is "
+REFUSED = "1 of 1 recording refused, more than the 20% allowed; the first is "
 RAW = "data/raw/openpilot/"
 SEGMENT = f"{RAW}{made_of.DONGLE}/00000000--0696c823fa--0"
 

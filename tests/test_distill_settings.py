@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,10 @@ def test_a_run_records_how_its_shards_were_cut_and_not_what_was_asked(data, tmp_
     said = capsys.readouterr().err
     assert "is finished; nothing to do" in said
     assert "not as asked" not in said
+    for typed, told in (({"sample.stride", "model"}, "(sample.stride: 4 -> 2)"), ((), None)):
+        train(student(), replace(asked, asked=frozenset(typed)), Console())
+        said = capsys.readouterr().err
+        assert (f"are not as asked {told};" in said) if told else ("not as asked" not in said)
 
 
 # -- a split by time

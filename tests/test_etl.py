@@ -183,7 +183,7 @@ def test_changed_input_is_made_again_and_new_damage_withdraws_the_old_shard(data
 
 
 def test_too_many_refusals_fail_and_publish_nothing(data, tmp_path):
-    with pytest.raises(DataError, match=r"1 of 6 recordings were refused, more than the 10% allowed; .*omni audit"):
+    with pytest.raises(DataError, match=r"1 of 6 recordings refused, more than the 10% allowed; .*omni audit"):
         run(data, tmp_path / "shards", max_refused=0.1)
     with pytest.raises(DataError, match="unfinished"):
         open_shards(tmp_path / "shards")
@@ -196,10 +196,10 @@ def test_the_last_share_publishes_nothing_where_the_others_refused_too_much(data
     for number in torn:
         (drive_folder(tmp_path, number) / "qcamera.ts").write_bytes(b"")
     for share in range(1, len(torn) + 1):
-        with pytest.raises(DataError, match=r"1 of 1 recordings were refused, more than the 20% allowed; the first is"):
+        with pytest.raises(DataError, match=r"1 of 1 recording refused, more than the 20% allowed; the first is"):
             run(tmp_path, tmp_path / "shards", shard=(share, 4))
     for share in range(len(torn) + 1, 5):  # the fourth has nothing to do itself
-        with pytest.raises(DataError, match=rf"{refused} recordings were refused, .*{recording_id(0)}: .*omni audit$"):
+        with pytest.raises(DataError, match=rf"{refused} recordings refused, .*{recording_id(0)}: .*omni audit$"):
             run(tmp_path, tmp_path / "shards", shard=(share, 4))
     with pytest.raises(DataError, match="unfinished"):
         open_shards(tmp_path / "shards")

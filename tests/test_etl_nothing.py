@@ -68,7 +68,7 @@ def test_what_was_there_before_and_has_windows_stays(data):
     run(data, out)
     for number in range(2):
         (drive_folder(data, number) / "qcamera.ts").write_bytes(b"")
-    with pytest.raises(DataError, match=r"2 of 2 recordings were refused.*omni audit$"):
+    with pytest.raises(DataError, match=r"2 of 2 recordings refused.*omni audit$"):
         run(data, out)
     assert (recording_folder(out, recording_id(0)) / "frames.arrow").exists()
 
@@ -84,7 +84,7 @@ def test_anothers_recording_stays_and_so_does_the_rest(data):
 def test_the_note_of_a_crash_stays(data):
     out = data / "shards" / "crashed"
     shutil.rmtree(drive_folder(data, 1))
-    with pytest.raises(DataError, match=r"1 of 1 recordings were refused.*crashes.json tells where"):
+    with pytest.raises(DataError, match=r"1 of 1 recording refused.*crashes.json tells where"):
         etl_once(data, out, poison={recording_id(0): "raise"}, workers=0, quiet=True)
     assert (recording_folder(out, recording_id(0)) / "crashes.json").exists()
 

@@ -102,7 +102,7 @@ def cut_by_time(made, folder):
 
 def test_recordings_that_were_trained_on_are_refused_however_they_are_cut_now(made, tmp_path):
     _, shards = cut_by_time(made, tmp_path / "by-time")
-    with pytest.raises(DataError, match="1 recordings, or others of their drives, were trained on"):
+    with pytest.raises(DataError, match="trained on: 1 recording, or others of their drives, first "):
         evaluate(made.recipe, made.run, EvalRequest(shards, "val", blind=False), QUIET)
 
 

@@ -179,14 +179,14 @@ def test_that_another_process_is_waited_for_is_said(hub, tmp_path, capsys):
         waiting.start()
         time.sleep(1.0)
     waiting.join(20)
-    assert "1 files are being fetched by another omni" in capsys.readouterr().err
+    assert "another omni fetches 1 file into " in capsys.readouterr().err
     assert len(files.read_receipt(zip_of(tmp_path))["clips"]) == 2
 
 
 def test_a_dry_run_tells_bytes_and_hours_by_feature(hub, tmp_path, capsys):
     result = fetch(ask(tmp_path, CLIPS[0], dry_run=True), Console())
     told = capsys.readouterr().err
-    assert f"would fetch {FEATURES[FRONT].chunk_path(0)}  0.2 MB of 1 clips" in told
+    assert f"would fetch {FEATURES[FRONT].chunk_path(0)}  0.2 MB of 1 clip" in told
     row = next(line for line in told.splitlines() if line.startswith(f"│ {FRONT}"))
     assert [cell.strip() for cell in row.split("│")[2:-1]] == ["1", "0.2 MB", "0.00", "0.00", "0"]
     assert result["seconds_at_100_mbps"] == pytest.approx(result["fetched_bytes"] * 8 / 100e6)

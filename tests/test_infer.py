@@ -26,7 +26,7 @@ from omni_cli.sources.quarantine import write_quarantine
 from omni_cli.sources.video_file import video_recording
 from omni_cli.stages.export import ExportRequest, export
 from omni_cli.stages.infer import Answer, InferRequest, infer, subject_of_base, subject_of_run
-from omni_cli.stages.overlay import BAND_PX, WIDTH_PX, Said, write_overlay
+from omni_cli.stages.overlay import BAND_PX, TILED_WIDTH_PX, WIDTH_PX, Said, write_overlay
 from tests.support.pipeline import QUIET, Made, make_run, tiny_recipe, write_synthetic
 
 SPEED = {"mean_speed_mps": 1.0}
@@ -306,23 +306,25 @@ def test_two_subjects_are_refused(made, tmp_path):
         open_subject(None, tmp_path, QUIET, model=str(tmp_path / "absent"), profile="cpu-tiny", sets=[])
 
 
-def test_the_overlay_shows_the_first_camera_in_real_time_with_the_answer(made, tmp_path):
+def test_the_overlay_shows_every_camera_in_real_time_with_the_answer(made, tmp_path):
     name = recording_ids(made)[0]
     (clip,) = ask(made, tmp_path, name, overlay=True)["clips"]
     video = (tmp_path / f"{name}.mp4").read_bytes()
     assert files.verified_receipt(tmp_path / f"{name}.mp4", expect={"camera": FRONT})
-    info = probe(video, "overlay")
-    assert (info.codec, info.width_px, info.height_px) == ("h264", WIDTH_PX, 360 + BAND_PX)
+    info, width, height = probe(video, "overlay"), TILED_WIDTH_PX, 540 + 180 + BAND_PX
+    assert (info.codec, info.width_px, info.height_px) == ("h264", width, height)
     assert info.num_frames == 4 * clip["windows"]  # stride = window: every instant once
     assert np.diff(info.pts_us).tolist() == [100_000] * (info.num_frames - 1)
     recording = open_source("synthetic", made.data / "raw" / "synthetic").open(name)
     window = views.plan_views(recording, made.run.manifest.preprocess, stride=4, max_age_us=100_000).windows[0]
-    source = recording.cameras[FRONT].videos[0].read()
-    (_, first), *_ = decode(video, "overlay", [0], width_px=WIDTH_PX, height_px=360 + BAND_PX)
-    (_, shown), *_ = decode(source, "source", [int(window.frame_index[0, 0])], width_px=WIDTH_PX, height_px=360)
-    difference = np.abs(first[40:360].astype(int) - shown[40:])  # below the camera's name
-    assert difference.mean() < 4
-    answer, truth = first[360 : 360 + BAND_PX // 2], first[360 + BAND_PX // 2 :]
+    (_, first), *_ = decode(video, "overlay", [0], width_px=width, height_px=height)
+    places = [(0, 0, 960, 540), *((320 * column, 540, 320, 180) for column in range(3))]
+    for camera, frame, (left, top, wide, high) in zip(FOUR, window.frame_index[0].tolist(), places, strict=True):
+        source = recording.cameras[camera].videos[0].read()
+        (_, shown), *_ = decode(source, "source", [frame], width_px=wide, height_px=high)
+        tile = first[top + 40 : top + high, left : left + wide]  # below the camera's name
+        assert np.abs(tile.astype(int) - shown[40:]).mean() < 4
+    answer, truth = first[720 : 720 + BAND_PX // 2], first[720 + BAND_PX // 2 :]
     assert (answer.min(axis=2) > 180).sum() > 200  # white letters
     assert ((truth[..., 1] > 150) & (truth[..., 0] < 160)).sum() > 200  # green ones
 

@@ -1,5 +1,6 @@
 """The plain lines of long work where no terminal draws a bar."""
 
+from omni_cli import report
 from omni_cli.report import Console
 
 
@@ -15,3 +16,14 @@ def test_the_end_is_told_once(capsys):
     assert len(lines_of(capsys, 2, 1, 0, 0)) == 1
     assert len(lines_of(capsys, 2, 2, 1)) == 1
     assert lines_of(capsys, 2, 0) == []
+
+
+def test_what_is_under_way_moves_the_line_but_counts_as_nothing(capsys, monkeypatch):
+    monkeypatch.setattr(report, "_PLAIN_INTERVAL_S", 0.0)
+    with Console().progress("etl", 2, "recordings") as step:
+        step.under_way(0.42)
+        step.advance()
+        step.under_way(0.5)
+        step.advance()
+    told = [line.partition(",")[0] for line in capsys.readouterr().err.splitlines()]
+    assert told == ["etl: 0.42/2 recordings", "etl: 1/2 recordings", "etl: 1.5/2 recordings", "etl: 2/2 recordings"]

@@ -14,7 +14,7 @@ from omni_cli.errors import DataError, OmniError, UsageError
 from omni_cli.files import RECEIPT_PROOF, read_json, receipt_path, sha256_of
 from omni_cli.recipes.vlm import Vlm
 from omni_cli.report import Console
-from omni_cli.stages import checkpoints, runs
+from omni_cli.stages import checkpoints, locate, runs
 from omni_cli.stages.etl import EtlRequest, etl
 from omni_cli.stages.train import TrainRequest, train
 from tests.support.hostile import Hostile
@@ -160,7 +160,7 @@ def test_killed_inside_fresh_nothing_of_the_old_run_is_taken_for_the_new(tmp_pat
         with pytest.raises(KeyboardInterrupt):
             run_train(new, shards, tmp_path / "killed", fresh=True)
     assert [path.name for path in folder.iterdir()] == [".lock"]
-    assert not runs.finished_runs(tmp_path / "killed")
+    assert not locate.finished_runs(tmp_path / "killed")
     run_train(new, shards, tmp_path / "killed")
     assert published(folder) == undisturbed
     assert [path.name for path in folder.parent.iterdir()] == ["r"]

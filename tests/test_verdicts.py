@@ -3,14 +3,14 @@
 import pytest
 
 from omni_cli.recipe import Metric
-from omni_cli.stages.evaluate import verdicts
+from omni_cli.stages.evaluate import is_silent, table_of, verdicts
 
 METRIC = Metric("ade_2s", "ADE 2 s", "m")
 
 
 def report(**values: float | None) -> dict:
     rows = [
-        {"name": name.replace("_", " "), "ade_2s": value, "ade_2s_interval": (0.0, 1.0)}
+        {"name": name.replace("_", " "), "ade_2s": value, "ade_2s_interval": (0.0, 1.0), "unreadable": 0.0}
         for name, value in values.items()
     ]
     return {"conditions": rows, "reference": "constant velocity", "recordings": 8}
@@ -43,3 +43,19 @@ def test_without_intervals_it_says_why():
     one = report(model=0.8, pictures_swapped=3.2, constant_velocity=2.0)
     one["conditions"][0]["ade_2s_interval"], one["recordings"] = None, 1
     assert verdicts(one, METRIC) == ["no intervals: they need several recordings, this is 1"]
+
+
+def test_a_model_that_said_nothing_is_told_first_and_is_not_judged():
+    one = report(model=2.0, pictures_swapped=2.0, constant_velocity=2.0)
+    for row in one["conditions"]:
+        row["ade_2s_of_reference"] = 1.0
+    for row in one["conditions"][:2]:
+        row["unreadable"] = 1.0
+    assert is_silent(one)
+    assert verdicts(one, METRIC) == []
+    _, rows = table_of(one, [METRIC])
+    assert rows[0] == ["model", "no answer", "n/a", "n/a", "100.0%"]
+    assert rows[2] == ["constant velocity", "2.00", "0.00 .. 1.00", "1.00", "0.0%"]
+    one["conditions"][0]["unreadable"] = 0.99
+    assert not is_silent(one)
+    assert verdicts(one, METRIC)

@@ -30,6 +30,14 @@ VERBS: Mapping[str, str] = {  # in the order of the work, then those that serve 
 }
 
 
+class _Ready(TyperCommand):
+    """The real command of a verb: the libraries that it needs are loaded once its words are understood."""
+
+    def invoke(self, ctx: Any) -> Any:
+        import_module("omni_cli.commands._ready").make_ready(str(self.name), ctx.params)
+        return super().invoke(ctx)
+
+
 class _Verb(TyperCommand):
     """A verb known by name and summary; the real command takes over as soon as there is something to parse."""
 
@@ -48,7 +56,7 @@ def load_verb(name: str) -> Any:
     """Import one verb and return its command, with the example at the end of its help."""
     module = import_module(f"omni_cli.commands.{name}")
     single = typer.Typer(add_completion=False, rich_markup_mode=None)
-    single.command(name, epilog=f"\b\nExample:\n  {module.EXAMPLE}")(module.command)
+    single.command(name, cls=_Ready, epilog=f"\b\nExample:\n  {module.EXAMPLE}")(module.command)
     return typer.main.get_command(single)
 
 

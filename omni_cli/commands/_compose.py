@@ -12,7 +12,7 @@ from omni_cli.profiles import Profile, check_machine, default_profile, load_prof
 from omni_cli.recipes import recipe_class, recipe_names
 from omni_cli.report import Console
 from omni_cli.stages import runs
-from omni_cli.stages.locate import SHARDS_MARK, newest_shards
+from omni_cli.stages.locate import SHARDS_MARK, choose_run, newest_shards
 
 DEFAULT_RECIPE = "vlm"
 PIPELINE_TABLES = ("fetch",)  # of a --config file: for `omni run`; the other verbs pass over them
@@ -72,6 +72,11 @@ def compose_recipe(
     return resolve(schema, [*layers, override_layer(sets or [])])
 
 
+def typed_keys(resolved: Resolved[Any], profile: Profile) -> frozenset[str]:
+    """Return the dotted keys that the user set, in a file or on the command line, and not the profile or a default."""
+    return frozenset(key for key, origin in resolved.origins.items() if origin != f"profile {profile.name}")
+
+
 def recipe_maker(recipe_name: str, profile: str) -> Callable[[Mapping[str, Any]], Any]:
     """Return what makes a recipe of a profile with one more table of settings laid over it."""
     layer = load_profile(profile).recipe_layer(recipe_name)
@@ -108,7 +113,7 @@ def open_run(run: Path | None, folder: Path, console: Console) -> tuple[Any, run
         UsageError: there is no such run.
         DataError: it is not finished.
     """
-    opened = runs.open_finished(runs.choose_run(run, folder))
+    opened = runs.open_finished(choose_run(run, folder))
     if run is None:
         console.say(f"run: {opened.folder}, the newest finished one")
     return opened.recipe_settings(recipe_class(opened.manifest.recipe)), opened

@@ -10,6 +10,7 @@ from omni_cli.recipes import recipe_class
 from omni_cli.report import Console
 from omni_cli.stages import runs as run_folders
 from omni_cli.stages.infer import Subject, subject_of_base, subject_of_model, subject_of_run
+from omni_cli.stages.locate import finished_runs
 from omni_cli.stages.models import open_model
 
 
@@ -28,7 +29,7 @@ def open_subject(
             raise UsageError(f"--model {model} is asked as it is; leave out --profile and --set")
         opened = open_model(Path(model))
         return opened.recipe_settings(recipe_class(opened.card.recipe)), subject_of_model(opened)
-    if not (model or profile or sets) and (run is not None or run_folders.finished_runs(runs)):
+    if not (model or profile or sets) and (run is not None or finished_runs(runs)):
         recipe, trained = open_run(run, runs, console)
         return recipe, subject_of_run(trained)
     chosen = choose_profile(profile, console, dry_run=False)
@@ -64,5 +65,5 @@ def bench_subject(
 
 
 def _newest_recipe(runs: Path) -> str:
-    finished = run_folders.finished_runs(runs)
+    finished = finished_runs(runs)
     return run_folders.open_run(finished[0]).manifest.recipe if finished else DEFAULT_RECIPE

@@ -42,12 +42,13 @@ def command(
 
     Exits with 75 when SIGTERM stopped it: it has saved itself, run the same command again.
     """
-    from omni_cli.commands._compose import choose_profile, compose_recipe, recipe_of_shards
+    from omni_cli.commands._compose import choose_profile, compose_recipe, recipe_of_shards, typed_keys
     from omni_cli.report import Console
     from omni_cli.stages.train import TrainRequest, train
 
     console = Console(quiet=quiet, json_output=json)
     chosen = choose_profile(profile, console, dry_run=dry_run)
-    recipe = compose_recipe(recipe_of_shards(shards, data), chosen, config=config, sets=sets).value
-    request = TrainRequest(shards, data, runs, run, chosen.name, fresh=fresh, dry_run=dry_run)
-    console.finish(train(recipe, request, console))
+    recipe = compose_recipe(recipe_of_shards(shards, data), chosen, config=config, sets=sets)
+    asked = typed_keys(recipe, chosen)
+    request = TrainRequest(shards, data, runs, run, chosen.name, fresh=fresh, dry_run=dry_run, asked=asked)
+    console.finish(train(recipe.value, request, console))

@@ -15,13 +15,22 @@ def recipe_names() -> tuple[str, ...]:
     return tuple(_RECIPES)
 
 
+def check_recipe(name: str) -> None:
+    """Refuse a name that no recipe has.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in _RECIPES:
+        raise UsageError(f"unknown recipe {name!r}; {nearest(name, _RECIPES)}")
+
+
 def recipe_class(name: str) -> type[Settings]:
     """Return a recipe's settings class, whose instances the stages drive.
 
     Raises:
         UsageError: there is no recipe of that name.
     """
-    if name not in _RECIPES:
-        raise UsageError(f"unknown recipe {name!r}; {nearest(name, _RECIPES)}")
+    check_recipe(name)
     module, _, attribute = _RECIPES[name].partition(":")
     return cast(type[Settings], getattr(import_module(module), attribute))

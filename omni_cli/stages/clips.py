@@ -1,7 +1,9 @@
 """What a user means by a clip: a video file, a folder of them, the views of one drive, or the id of a recording."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from omni_cli.sources import open_source, source_names
 from omni_cli.sources.quarantine import QUARANTINE_FILE, read_quarantine
 from omni_cli.sources.video_file import video_recording
 from omni_cli.stages import locate
+from omni_cli.stages.raw_lock import reading
 
 _IDS_SHOWN = 5
 _VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".ts")
@@ -25,6 +28,15 @@ class Clip:
 
     name: str
     open: Callable[[], Recording]
+    raw: Path | None = None  # the raw data that it is a recording of
+
+    def held(self) -> AbstractContextManager[None]:
+        """Return a block inside which nobody takes away the raw data that it is read from.
+
+        Raises:
+            HeldError: another process is taking files away, or has.
+        """
+        return nullcontext() if self.raw is None else reading(self.raw)
 
 
 def find_clips(
@@ -97,11 +109,10 @@ def _recording_clip(recording_id: str, preprocess: Preprocess, data: Path, *, ti
         ids = [ref.id for ref in reader.recordings()]
         if found := _meant(recording_id, ids):
             _check_not_set_aside(found, folder)
-            return Clip(found, partial(reader.open, found, preprocess.cameras))
+            return Clip(found, partial(reader.open, found, preprocess.cameras), folder)
         known += ids
     raise UsageError(
-        f"no video file {recording_id}, and no recording of that id under {data}; "
-        f"give a file that is there, or an id: {_listed(known)}"
+        f"no video file {recording_id}, and no recording of that id under {data}; {_remedy(recording_id, known)}"
     )
 
 
@@ -112,9 +123,11 @@ def _meant(word: str, ids: Sequence[str]) -> str | None:
     return plain if plain in ids else ending[0] if len(ending) == 1 else None
 
 
-def _listed(ids: Sequence[str]) -> str:
+def _remedy(word: str, ids: Sequence[str]) -> str:
+    if close := get_close_matches(word, ids, n=1):
+        return f"did you mean {close[0]!r}?"
     more = f" and {len(ids) - _IDS_SHOWN} more" if len(ids) > _IDS_SHOWN else ""
-    return (", ".join(sorted(ids)[:_IDS_SHOWN]) or "there is none") + more
+    return f"give a file that is there, or an id: {', '.join(sorted(ids)[:_IDS_SHOWN]) or 'there is none'}{more}"
 
 
 def _check_not_set_aside(recording_id: str, folder: Path) -> None:
@@ -146,5 +159,5 @@ def _told_apart(clips: Sequence[Clip]) -> list[Clip]:
         while name in taken:
             number += 1
             name = f"{clip.name}-{number}"
-        result.append(Clip(name, clip.open))
+        result.append(replace(clip, name=name))
     return result

@@ -15,7 +15,7 @@ from torch import Tensor
 from omni_cli import __version__, files
 from omni_cli.errors import DataError
 from omni_cli.recipe import BuiltModel, Evaluable, Metric, Pair, Prediction, Row
-from omni_cli.report import Console
+from omni_cli.report import Console, counted
 from omni_cli.samples.dataset import WindowDataset
 from omni_cli.samples.preprocess import Preprocess
 from omni_cli.samples.shards import ShardSet, open_shards
@@ -24,11 +24,16 @@ from omni_cli.scores import controls, intervals
 from omni_cli.stages import models, pictures, runs
 from omni_cli.stages.etl import ensure_sidecar
 from omni_cli.stages.fitting import check_fit
+from omni_cli.stages.raw_lock import reading
 from omni_cli.stages.train import TrainableRecipe, train_in
 
 BLIND = "blind"
 SWAPPED = "pictures swapped"
 _HARDLY = 0.05  # worse is what the pictures of another drive cost a model that hardly looks
+_SILENT = (
+    "{run}: no answer could be read, of {windows} in all; what follows is no score of it; train it longer, or look at "
+    "what it says with: omni infer"
+)
 EVAL = "eval"  # the folder of a run's report
 REPORT_FILE = "report.json"
 _BATCH = 32
@@ -66,7 +71,7 @@ def evaluate(recipe: Any, run: runs.Run, request: EvalRequest, console: Console)
 
     Raises:
         DataError: there is nothing to measure on, it was trained on, or the base is not the adapter's.
-        OmniError: another process is training or measuring this run.
+        OmniError: another process is training or measuring this run, or is taking the shards away.
     """
     own = _own_shards(run)
     shards = open_shards(request.shards) if request.shards else own
@@ -78,7 +83,8 @@ def evaluate(recipe: Any, run: runs.Run, request: EvalRequest, console: Console)
     twin_learns_from = own if request.blind and not recipe.train.blind else None
     facts = _facts(run, shards, split, blind=twin_learns_from is not None)
     folder = run.folder / EVAL
-    with files.exclusive(run.folder, "measuring"):
+    learned_from = own or shards
+    with reading(shards.folder), reading(learned_from.folder), files.exclusive(run.folder, "measuring"):
         if models.made_from(folder, **facts):
             console.say(f"{folder} answers for these weights, shards and split; nothing to do")
         else:
@@ -133,9 +139,13 @@ def _result(run: runs.Run, shards: ShardSet, folder: Path, recipe: Any, console:
     """Show a published report, and return it with the paths as they are now."""
     report = {**files.read_json(folder / REPORT_FILE), "run": str(run.folder), "shards": str(shards.folder)}
     marked = " (split by time inside each recording)" if report["split_rule"] == "time" else ""
-    title = f"{run.name} on {report['windows']} windows of {report['recordings']} recordings{marked}"
+    of = f"{counted(report['windows'], 'window')} of {counted(report['recordings'], 'recording')}"
+    title = f"{run.name} on {of}{marked}"
+    if is_silent(report):
+        console.warn(_SILENT.format(**report))
     show_scores(title, report, recipe.metrics, console)
-    if unreadable := report["conditions"][0]["unreadable"]:
+    unreadable = report["conditions"][0]["unreadable"]
+    if unreadable and not is_silent(report):
         console.warn(f"{unreadable:.1%} of the answers could not be read; they count as the {recipe.reference}")
     for line in verdicts(report, next(metric for metric in recipe.metrics if metric.is_shown)):
         console.warn(line)
@@ -144,13 +154,22 @@ def _result(run: runs.Run, shards: ShardSet, folder: Path, recipe: Any, console:
     return {**report, "report": str(page), "pictures": [str(path) for path in drawn]}
 
 
+def is_silent(report: Mapping[str, Any]) -> bool:
+    """Say whether none of a model's answers could be read: its numbers are the reference's, and no score of it."""
+    return float(report["conditions"][0]["unreadable"]) == 1.0
+
+
 def verdicts(report: Mapping[str, Any], metric: Metric) -> list[str]:
     """Return what a reader must not overlook: that pictures hardly matter, or that what sees nothing does as well.
+
+    Of a model that said nothing there is nothing to judge.
 
     Args:
         report: of an evaluation.
         metric: by which to judge; less is better.
     """
+    if is_silent(report):
+        return []
     of = {line["name"]: line[metric.key] for line in report["conditions"]}
     model, swapped, reference = of["model"], of.get(SWAPPED), of.get(report["reference"])
     said = []
@@ -189,7 +208,7 @@ def check_leak(dataset: WindowDataset, learned: runs.Learned, *, is_own: bool) -
     shared = {entry.id for entry in dataset.entries} & set(learned.recordings)
     shared |= {entry.id for entry in dataset.entries if entry.group and entry.group in learned.groups}
     if shared:
-        found = f"{len(shared)} recordings, or others of their drives, were trained on, first {min(shared)}"
+        found = f"trained on: {counted(len(shared), 'recording')}, or others of their drives, first {min(shared)}"
         raise DataError(f"{dataset.shards.folder}, split {dataset.split}: {found}; evaluate on others")
 
 
@@ -314,7 +333,8 @@ def _publish(run: runs.Run, dataset: WindowDataset, report: dict[str, Any], reci
     files.receipt_path(folder).unlink(missing_ok=True)
     files.write_json(folder / REPORT_FILE, report)
     drawn = pictures.evaluation_pictures(folder, run.folder, dataset, pairs)
-    pictures.write_html(folder / "report.html", report, *table_of(report, recipe.metrics), drawn)
+    note = _SILENT.format(**report) if is_silent(report) else ""
+    pictures.write_html(folder / "report.html", report, *table_of(report, recipe.metrics), drawn, note=note)
 
 
 def show_scores(title: str, report: dict[str, Any], metrics: Sequence[Metric], console: Console) -> None:
@@ -340,6 +360,8 @@ def table_of(report: dict[str, Any], metrics: Sequence[Metric]) -> tuple[list[st
 
 def _table_row(scores: dict[str, Any], metrics: Sequence[Metric]) -> list[str]:
     row = [scores["name"]]
+    if scores["unreadable"] == 1.0:  # the numbers would be those of the reference
+        return [*row, *["no answer", "n/a", "n/a"] * len(metrics), "100.0%"]
     for key in [metric.key for metric in metrics]:
         interval = scores[f"{key}_interval"]
         row.append(_number(scores[key]))

@@ -1,7 +1,7 @@
 """Do shards fit what a recipe asks for: the cameras, time grid and teacher that it will look through?"""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -14,15 +14,22 @@ from omni_cli.samples.shards import ShardSet
 _NOT_ASKED = {"kind", "decoder_id"}  # of a preprocessing: what no setting of the recipe asks for
 
 
-def as_cut(recipe: Any, shards: ShardSet, console: Console) -> Any:
+def as_cut(recipe: Any, shards: ShardSet, console: Console, asked: Collection[str] | None = None) -> Any:
     """Return the recipe with the tables that its shards were made with: a run tells what it really learned from.
 
     What shards may differ in and fit is how many windows there are, and how they were parted. A teacher's files may
     have moved; the shards know which they were.
+
+    Args:
+        recipe: what learns.
+        shards: to learn from.
+        console: told of what was asked for and differs.
+        asked: keys of the settings that the user typed; None: all of them.
     """
     settings = {**recipe.model_dump(mode="json"), **shards.manifest.settings}
     made = resolve(type(recipe), [Layer(str(shards.folder), settings)]).value
-    if changed := differences(recipe, made):
+    changed = [line for line in differences(recipe, made) if asked is None or line.partition(": ")[0] in asked]
+    if changed:
         console.say(f"shards {shards.folder} are not as asked ({'; '.join(changed)}); the run records what they are")
     return made
 

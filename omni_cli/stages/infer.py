@@ -89,6 +89,7 @@ def infer(recipe: Any, subject: Subject, request: InferRequest, console: Console
     Raises:
         UsageError: a clip or a camera is missing, or the options do not fit the model.
         DataError: the only clip cannot be read, or gives the model less than it was trained on.
+        HeldError: another omni takes the raw data of the only clip away.
     """
     inferable: Inferable = require(recipe, Inferable)  # type: ignore[type-abstract]  # a protocol names the capability
     _check_askable(recipe, request)
@@ -97,7 +98,8 @@ def infer(recipe: Any, subject: Subject, request: InferRequest, console: Console
     done, failures = [], {}
     for clip in clips:
         try:
-            done.append(asker.ask(clip))
+            with clip.held():
+                done.append(asker.ask(clip))
         except OmniError as error:
             if len(clips) == 1:
                 raise

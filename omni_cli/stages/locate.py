@@ -4,11 +4,13 @@ from pathlib import Path
 
 from omni_cli.config import nearest
 from omni_cli.errors import UsageError
+from omni_cli.files import RECEIPT_SUFFIX, receipt_path
 from omni_cli.formats import dgp
 from omni_cli.formats.comma2k19 import POSES_FOLDER
 from omni_cli.formats.openpilot import parse_segment_file
 from omni_cli.formats.physical_ai_av import CLIP_INDEX_FILE, FEATURES_FILE
 from omni_cli.sources import source_names
+from omni_cli.stages.run_file import FINAL, RUN_FILE
 
 SHARDS_MARK = "manifest.json"  # a folder without it is unfinished
 _SEGMENT_DEPTHS = ("*", "*/*", "*/*/*")
@@ -83,6 +85,34 @@ def finished_shards(data: Path) -> list[Path]:
             f"{folder}: holds no finished shards; make some with: omni etl, or name a folder with --shards"
         )
     return [path.parent for path in sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)]
+
+
+def choose_run(run: Path | None, runs: Path) -> Path:
+    """Return the folder of the run that a user named (a path, or a name in `runs`), or of the newest finished one.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if run is not None:
+        return _named_run(run, runs)
+    if not (finished := finished_runs(runs)):
+        raise UsageError(f"no finished run in {runs}; train one with: omni train")
+    return finished[0]
+
+
+def _named_run(run: Path, runs: Path) -> Path:
+    for folder in (run, runs / run):
+        if folder.is_dir():
+            return folder
+    known = [path.parent.name for path in runs.glob(f"*/{RUN_FILE}")]
+    found = nearest(run.name, known) if known else "there is none; train one with: omni train"
+    raise UsageError(f"no run {run}, neither a folder nor a name in {runs}; {found}")
+
+
+def finished_runs(runs: Path) -> list[Path]:
+    """Return the folders of finished runs, the newest first."""
+    found = [folder.parent for folder in runs.glob(f"*/{FINAL}{RECEIPT_SUFFIX}")]
+    return sorted(found, key=lambda folder: receipt_path(folder / FINAL).stat().st_mtime_ns, reverse=True)
 
 
 def _fetch_hint(source: str | None) -> str:

@@ -151,8 +151,10 @@ def write_html(
     header: Sequence[str],
     rows: Sequence[Sequence[str]],
     drawn: Sequence[Path],
+    *,
+    note: str = "",
 ) -> None:
-    """Write one page that needs no other file."""
+    """Write one page that needs no other file; a note stands above the table."""
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     images = "".join(f'<p><img alt="{path.stem}" src="data:image/png;base64,{_base64(path)}"></p>' for path in drawn)
@@ -160,10 +162,11 @@ def write_html(
         "body{font:15px sans-serif;margin:2em;max-width:75em} img{max-width:100%}"
         "td,th{padding:.2em .9em;text-align:right} td:first-child{text-align:left}"
     )
+    said = f"<p><b>{html.escape(note)}</b></p>" if note else ""
     numbers = html.escape(json.dumps(report, indent=2, sort_keys=True))
     page = (
         f"<!doctype html><meta charset=utf-8><title>omni eval</title><style>{style}</style>"
-        f"<h1>{html.escape(str(report['run']))}</h1><table><tr>{head}</tr>{body}</table>{images}"
+        f"<h1>{html.escape(str(report['run']))}</h1>{said}<table><tr>{head}</tr>{body}</table>{images}"
         f"<details><summary>numbers</summary><pre>{numbers}</pre></details>\n"
     )
     files.write_text(path, page)

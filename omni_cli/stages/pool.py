@@ -10,10 +10,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Generic, TypeVar
 
-from omni_cli.stages.worker import TAIL_BYTES, Answer, Begun, Worker, attempt_here, spawn
+from omni_cli.stages.worker import TAIL_BYTES, Answer, Begun, Moved, Worker, attempt_here, spawn
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -41,6 +42,7 @@ class Outcome(Generic[Item, Result]):
 
 
 CountAttempt = Callable[[Item, Failure], int]
+Listen = Callable[[Item, float], None]
 
 
 @dataclass
@@ -67,6 +69,7 @@ def run_pool(
     timeout_s: float = 600.0,
     memory_bytes: int | None = None,
     count: CountAttempt[Item] | None = None,
+    listen: Listen[Item] | None = None,
 ) -> Iterator[Outcome[Item, Result]]:
     """Apply a function to every item and yield an outcome for each, in the order of completion.
 
@@ -79,8 +82,10 @@ def run_pool(
         memory_bytes: limit of a worker's private memory (RLIMIT_DATA); None sets no limit.
         count: called for each failed attempt, returns how many an item has failed: a memory that outlives this
             process. None counts here.
+        listen: told how much of an item is done, 0 to 1, where its function says so with `moved`; a new attempt
+            begins at 0 again.
     """
-    with Pool(function, workers, attempts, timeout_s, memory_bytes, count) as pool:
+    with Pool(function, workers, attempts, timeout_s, memory_bytes, count, listen) as pool:
         yield from pool.run(items)
 
 
@@ -94,6 +99,7 @@ class Pool(Generic[Item, Result]):
     timeout_s: float
     memory_bytes: int | None = None
     count: CountAttempt[Item] | None = None
+    listen: Listen[Item] | None = None
     _idle: list[Worker] = field(default_factory=list)
     _running: dict[Connection, _Running[Item]] = field(default_factory=dict)
     _watched_s: float = 0.0  # the clock of the deadlines
@@ -135,7 +141,7 @@ class Pool(Generic[Item, Result]):
     def _run_here(self, todo: deque[_Task[Item]]) -> Iterator[Outcome[Item, Result]]:
         while todo:
             task = todo.popleft()
-            answer, begun = attempt_here(self.function, task.item)
+            answer, begun = attempt_here(self.function, task.item, partial(self._tell, task.item))
             failure = Failure(answer.error, answer.trace[-TAIL_BYTES:], begun) if answer.error is not None else None
             outcome = self._judge(task, answer, failure)
             if outcome is None:
@@ -172,6 +178,9 @@ class Pool(Generic[Item, Result]):
             return self._lose(running, running.worker.death())
         except Exception as error:  # whatever unpickling raises
             return self._lose(running, f"worker sent what cannot be read: {error}")
+        if isinstance(said, Moved):
+            self._tell(running.task.item, said.share)
+            return None
         if isinstance(said, Begun):
             running.begun, running.allow_s = said.what, said.allow_s
             running.deadline = self._watched_s + said.allow_s
@@ -180,6 +189,10 @@ class Pool(Generic[Item, Result]):
             return self._lose(running, said.error, said.trace)
         self._idle.append(self._running.pop(connection).worker)
         return running.task, said, None
+
+    def _tell(self, item: Item, share: float) -> None:
+        if self.listen is not None:
+            self.listen(item, share)
 
     def _overdue(self) -> list[tuple[_Task[Item], Answer, Failure | None]]:
         self._look()

@@ -36,7 +36,7 @@ def list_profiles(console: Console) -> dict[str, Any]:
         profile = load_profile(name)
         reason = misfit(profile, accelerator, memory_gib)
         rows.append({**_summary(profile), "fits": not reason, "misfit": reason, "default": name == default})
-    header = ("profile", "machine", "model", "cameras", "really run on", "fits here")
+    header = ("profile", "machine", "model", "cameras", "really run on", "fits")
     console.table("Profiles", header, [_cells(row) for row in rows])
     console.say(f"this machine: {accelerator}, {memory_gib:.0f} GiB; without --profile it uses {default}")
     return {"profiles": rows, "accelerator": accelerator, "memory_gib": round(memory_gib, 1)}

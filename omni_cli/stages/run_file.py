@@ -5,6 +5,7 @@ from pathlib import Path
 from omni_cli import files
 
 RUN_FILE = "run.json"
+FINAL = "final"
 
 
 def shards_of(folder: Path) -> Path | None:

@@ -28,7 +28,7 @@ FORMAT = 1
 RUN_FILE = run_file.RUN_FILE
 CONFIG = "config.toml"
 CHECKPOINTS = "checkpoints"
-FINAL = "final"
+FINAL = run_file.FINAL
 LEARNED = "learned.json"
 HISTORY = "history.jsonl"
 RECORDS = "records"  # what lies beside the weights; its receipt alone is written
@@ -251,25 +251,6 @@ def open_finished(folder: Path) -> Run:
             f"run {folder} is not finished, or its weights or {LEARNED} do not verify; finish it with: omni train"
         )
     return run
-
-
-def choose_run(run: Path | None, runs: Path) -> Path:
-    """Return the folder of the run that a user named (a path, or a name in `runs`), or of the newest finished one.
-
-    Raises:
-        UsageError: there is none.
-    """
-    if run is not None:
-        return run if run.is_dir() or not (runs / run).is_dir() else runs / run
-    if not (finished := finished_runs(runs)):
-        raise UsageError(f"no finished run in {runs}; train one with: omni train")
-    return finished[0]
-
-
-def finished_runs(runs: Path) -> list[Path]:
-    """Return the folders of finished runs, the newest first."""
-    found = [folder.parent for folder in runs.glob(f"*/{FINAL}{files.RECEIPT_SUFFIX}")]
-    return sorted(found, key=lambda folder: files.receipt_path(folder / FINAL).stat().st_mtime_ns, reverse=True)
 
 
 def seal_folder(folder: Path, **facts: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ _STDERR = 2
 _READ_BYTES = 1 << 16
 _LOST_SUPERVISOR = 1
 _DEATH_S = 10.0
+_TELL_S = 0.2  # between two words of how far an item is
 _LONGEST_TEMPDIR = 107 - len("/pymp-12345678/listener-12345678")
 
 
@@ -37,6 +39,13 @@ class Begun:
 
     what: str
     allow_s: float
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What an item's function said with `moved`."""
+
+    share: float
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,9 @@ class _Here:
     """This process, seen from the function that it runs."""
 
     supervisor: Connection | None = None
+    listener: Callable[[float], None] | None = None  # of an item that runs in the supervisor's own process
     begun: str = ""
+    told_s: float = 0.0  # when it last said how far it is
 
 
 _HERE = _Here()
@@ -69,10 +80,33 @@ def begin(what: str, allow_s: float) -> None:
         _HERE.supervisor.send(Begun(what, allow_s))
 
 
-def attempt_here(function: Callable[[Any], Any], item: Any) -> tuple[Answer, str]:
-    """Apply a function in this process; return the answer and what it said to `begin`."""
-    _HERE.begun = ""
-    return _attempt(function, item), _HERE.begun
+def moved(share: float) -> None:
+    """Tell the supervisor how much of an item is done, 0 to 1; to be called as often as is handy by its function."""
+    now_s = time.monotonic()
+    if now_s - _HERE.told_s < _TELL_S:
+        return
+    _HERE.told_s = now_s
+    if _HERE.supervisor is not None:
+        _HERE.supervisor.send(Moved(share))
+    elif _HERE.listener is not None:
+        _HERE.listener(share)
+
+
+def attempt_here(
+    function: Callable[[Any], Any], item: Any, listener: Callable[[float], None] | None = None
+) -> tuple[Answer, str]:
+    """Apply a function in this process; return the answer and what it said to `begin`.
+
+    Args:
+        function: to apply.
+        item: to it.
+        listener: is told what the function says to `moved`.
+    """
+    _HERE.begun, _HERE.listener = "", listener
+    try:
+        return _attempt(function, item), _HERE.begun
+    finally:
+        _HERE.listener = None
 
 
 @dataclass

@@ -18,6 +18,7 @@ _COLOURS = ("#d9d9d9", "#4c9a6a", "#e8b33a", "#c0392b")
 _BLUE, _GREY = "#2463a8", "#888888"
 _MAX_COLUMNS = 400  # more recordings than that are drawn as bands
 _WORST_SHARE = 0.5  # of a band's colour: one refused recording among hundreds is to be seen
+_MAX_BARS = 26
 _DPI = 110
 
 
@@ -79,13 +80,17 @@ def states(
 
 
 def histogram(told: Mapping[str, Any], label: str, *, is_log: bool = False) -> Figure:
-    """Draw counts by edges; the outermost bins hold what lies beyond them."""
-    edges, counts = np.array(told["edges"]), np.array(told["counts"])
+    """Draw counts by edges; the outermost bins hold what lies beyond them.
+
+    Where one value lies far from the others, neighbours are drawn as one bar: fifty would be lines.
+    """
+    edges, counts = grouped(*_shown(np.array(told["edges"]), np.array(told["counts"])))
     figure = Figure(figsize=(5.3, 2.9), layout="constrained")
     axis = figure.subplots()
     shares = 100 * counts / max(counts.sum(), 1)
-    axis.bar(edges[:-1], shares, np.diff(edges), align="edge", color=_BLUE)
-    axis.set_xlim(*_shown(edges, counts))
+    # a line around each: a bar of one instant in thousands is seen too
+    axis.bar(edges[:-1], shares, np.diff(edges), align="edge", color=_BLUE, edgecolor=_BLUE, linewidth=shares > 0)
+    axis.set_xlim(edges[0], edges[-1])
     axis.locator_params(axis="x", nbins=6)  # labels of small numbers are long
     axis.set_xlabel(label)
     axis.set_ylabel("share of the time [%]")
@@ -125,9 +130,21 @@ def png(figure: Figure) -> bytes:
     return stream.getvalue()
 
 
-def _shown(edges: npt.NDArray[np.float64], counts: npt.NDArray[np.int64]) -> tuple[float, float]:
-    """Return the part of an axis that holds something, and a bin around it."""
+def grouped(
+    edges: npt.NDArray[np.float64], counts: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """Return edges (n + 1,) and counts (n,) of as few neighbours together as make at most _MAX_BARS bars."""
+    together = -(-len(counts) // _MAX_BARS)
+    begins = np.arange(0, len(counts), together)
+    return edges[np.append(begins, len(counts))], np.add.reduceat(counts, begins)
+
+
+def _shown(
+    edges: npt.NDArray[np.float64], counts: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """Return the bins that hold something, and one around them."""
     filled = np.flatnonzero(counts)
     if not len(filled):
-        return float(edges[0]), float(edges[-1])
-    return float(edges[max(filled[0] - 1, 0)]), float(edges[min(filled[-1] + 2, len(edges) - 1)])
+        return edges, counts
+    first, last = max(filled[0] - 1, 0), min(filled[-1] + 2, len(counts))
+    return edges[first : last + 1], counts[first:last]

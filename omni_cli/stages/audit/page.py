@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from omni_cli.report import counted
 from omni_cli.stages.audit import drawing
 from omni_cli.stages.checks.findings import Finding, table_rows
 from omni_cli.stages.checks.remedies import REMEDIES
@@ -131,7 +132,7 @@ def _plots(told: Mapping[str, Any]) -> str:
 
 def _facts(told: Mapping[str, Any]) -> str:
     motion, rigs = told["motion"], ", ".join(f"{count} {html.escape(name)}" for name, count in told["rigs"].items())
-    lines = [f"{told['recordings']} recordings measured", f"{motion['kilometres']:.1f} km driven"]
+    lines = [f"{counted(told['recordings'], 'recording')} measured", f"{motion['kilometres']:.1f} km driven"]
     lines.append(
         f"{motion['with_horizon']} with 1.6 s of motion behind and 6.4 s ahead, {motion['horizon_s']:.0f} s in all"
     )

@@ -11,7 +11,7 @@ from omni_cli import files
 from omni_cli.config import nearest
 from omni_cli.errors import DataError, OmniError, UsageError
 from omni_cli.formats import comma2k19, dgp, openpilot, physical_ai_av
-from omni_cli.report import Console
+from omni_cli.report import Console, counted
 from omni_cli.samples.shards import ShardSet, frames_path, open_shards
 from omni_cli.sources.physical_ai_av import find_root
 from omni_cli.sources.quarantine import QUARANTINE_FILE, read_quarantine
@@ -115,7 +115,7 @@ def audit(request: AuditRequest, console: Console) -> dict[str, Any]:
 def _require_known(cameras: tuple[str, ...] | None) -> None:
     known = (*physical_ai_av.CAMERAS, *openpilot.CAMERAS, *comma2k19.CAMERAS, *dgp.CAMERAS)
     if unknown := [camera for camera in cameras or () if camera not in known]:
-        raise UsageError(f"unknown camera {unknown[0]!r}; {nearest(unknown[0], known)}")
+        raise UsageError(f"unknown camera {unknown[0]!r}; {nearest(unknown[0], (*physical_ai_av.CAMERA_SETS, *known))}")
 
 
 def _tell(request: AuditRequest, result: dict[str, Any], findings: Sequence[Finding], console: Console) -> None:
@@ -151,7 +151,9 @@ def _set_aside(audited: Audited, console: Console) -> None:
     except OmniError as error:
         audited.hindered = error
     if audited.moved or audited.listed:
-        told = f"moved {len(audited.moved)} damaged files aside, listed {audited.listed} recordings"
+        told = (
+            f"moved {counted(len(audited.moved), 'damaged file')} aside, listed {counted(audited.listed, 'recording')}"
+        )
         console.say(f"{told}: {folder / QUARANTINE_FILE}")
 
 

@@ -97,6 +97,7 @@ class Inputs:
             except UsageError:
                 self.console.say(f"the newest shards, {shards.folder}, do not fit this profile")
             else:
+                self._held.enter_context(reading(shards.folder))
                 return shards
         return self._cut()
 
@@ -105,7 +106,7 @@ class Inputs:
         """The run that was named, or the newest of this very recipe, model and preprocessing; None if there is none."""
         if self._named is not None:
             return self._named
-        fitting = (folder for folder in runs.finished_runs(self._runs) if self._fits(runs.open_run(folder)))
+        fitting = (folder for folder in locate.finished_runs(self._runs) if self._fits(runs.open_run(folder)))
         newest = next(fitting, None)
         return runs.open_finished(newest) if newest else None
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from omni_cli.errors import DataError
 from omni_cli.recipe import Batch
-from omni_cli.report import Console
+from omni_cli.report import Console, counted
 from omni_cli.samples.dataset import ALL, WindowDataset
 from omni_cli.samples.mapped import is_cached
 from omni_cli.stages.bench.inputs import Inputs
@@ -55,7 +55,8 @@ def bench_loader(inputs: Inputs, repeats: int) -> Part:
         timings |= _cold(anew, records, files, repeats) if _can_forget(files, inputs.console) else {}
     amounts = {"samples": len(records), "MB": sum(record.num_bytes for record in records) / 1e6}
     lines = (batches, *(Line(", ".join(name), timing, amounts) for name, timing in timings.items()))
-    where = f"{shards.folder}, {len(records)} of {len(anew())} windows, {amounts['MB'] / len(records):.2f} MB each"
+    windows = f"{len(records)} of {counted(len(anew()), 'window')}"
+    where = f"{shards.folder}, {windows}, {amounts['MB'] / len(records):.2f} MB each"
     return Part("loader", f"{where}, in random order, one process", lines, _shares(timings))
 
 

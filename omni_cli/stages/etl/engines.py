@@ -23,7 +23,7 @@ from omni_cli.stages.etl.memory import worker_bytes
 from omni_cli.stages.etl.plan import Job, Unit
 from omni_cli.stages.etl.refusals import ATTEMPTS, CountCrash
 from omni_cli.stages.etl.unit import UnitResult, run_unit
-from omni_cli.stages.pool import Failure, Outcome, Pool
+from omni_cli.stages.pool import Failure, Listen, Outcome, Pool
 from omni_cli.telemetry import usable_cores
 
 Engine = Literal["local", "ray"]
@@ -35,7 +35,13 @@ _REACH_S = 10.0
 
 
 def run_units(
-    job: Job, units: Sequence[Unit], *, engine: Engine, workers: int | None, worker_gb: float | None
+    job: Job,
+    units: Sequence[Unit],
+    *,
+    engine: Engine,
+    workers: int | None,
+    worker_gb: float | None,
+    listen: Listen[Unit] | None = None,
 ) -> Iterator[UnitOutcome]:
     """Run every unit; yield what became of each, in the order of completion.
 
@@ -45,6 +51,7 @@ def run_units(
         engine: where.
         workers: processes; 0 runs the units in this process. None: one for each core, or for each CPU of the cluster.
         worker_gb: limit of a worker's private memory in GiB; None: an equal share of its machine.
+        listen: told now and then how much of a unit is done, 0 to 1; Ray's workers tell it of none.
 
     Raises:
         UsageError: Ray is asked for, and not installed, or its cluster is not there.
@@ -56,12 +63,12 @@ def run_units(
         yield from _run_on_ray(job, units, workers, worker_gb)
     else:
         count = usable_cores() if workers is None else workers
-        with _pool(job, min(count, len(units)), worker_bytes(count, worker_gb)) as pool:
+        with _pool(job, min(count, len(units)), worker_bytes(count, worker_gb), listen) as pool:
             yield from pool.run(units)
 
 
-def _pool(job: Job, workers: int, memory_bytes: int) -> Pool[Unit, UnitResult]:
-    return Pool(partial(run_unit, job), workers, ATTEMPTS, OPENING_S, memory_bytes, CountCrash(job))
+def _pool(job: Job, workers: int, memory_bytes: int, listen: Listen[Unit] | None = None) -> Pool[Unit, UnitResult]:
+    return Pool(partial(run_unit, job), workers, ATTEMPTS, OPENING_S, memory_bytes, CountCrash(job), listen)
 
 
 class UnitActor:

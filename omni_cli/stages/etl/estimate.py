@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from omni_cli.errors import DataError, OmniError
+from omni_cli.report import counted
 from omni_cli.samples.splits import SPLITS, SplitRule
 from omni_cli.samples.windows import ChosenWindows, span_us
 from omni_cli.scene.clock import MICROSECONDS_PER_SECOND
@@ -132,7 +133,7 @@ def room_line(job: Job, left: Sequence[Unit]) -> str:
     _, free, files = _room(job.out)
     needed = estimate(job, left).stored_bytes
     room = f"{free:,} bytes" if files is None else f"{free:,} bytes and {files:,} files"
-    return f"{len(left)} recordings are left, about {needed:,} bytes are needed, {room} are free"
+    return f"{counted(len(left), 'recording')} left, about {needed:,} bytes are needed, {room} are free"
 
 
 def _room(out: Path) -> tuple[Path, int, int | None]:

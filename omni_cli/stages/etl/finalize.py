@@ -37,6 +37,12 @@ def is_done(job: Job, unit: Unit) -> bool:
     return bool(receipt.get("plan_key") == job.plan_key(unit) and receipt["size"] == path.stat().st_size)
 
 
+def made_otherwise(job: Job, unit: Unit) -> bool:
+    """Say whether a unit's shard is there, and was made under other settings or by another version."""
+    receipt = read_receipt(windows_path(job.out, unit.recording_id))
+    return receipt is not None and receipt.get("plan_key") != job.plan_key(unit)
+
+
 def missing_units(job: Job, plan: Plan) -> list[Unit]:
     """Return the units that are neither done nor refused: another share of the work has them."""
     return [unit for unit in plan.units if not is_done(job, unit) and refusal(job, unit) is None]

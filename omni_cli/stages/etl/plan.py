@@ -9,6 +9,7 @@ from omni_cli import __version__
 from omni_cli.config import nearest
 from omni_cli.errors import DataError, UsageError
 from omni_cli.files import hash_json
+from omni_cli.formats.physical_ai_av import CAMERA_SETS
 from omni_cli.recipe import Sampled, SplitSettings
 from omni_cli.samples.preprocess import Preprocess
 from omni_cli.samples.shards import FORMAT, safe_name
@@ -67,7 +68,9 @@ def make_job(recipe: Sampled, preprocess: Preprocess, source: str, reader: Sourc
         UsageError: the source has no such camera.
     """
     if unknown := [name for name in preprocess.cameras if name not in reader.known_cameras]:
-        raise UsageError(f"no camera {unknown[0]!r} in {source} data; {nearest(unknown[0], reader.known_cameras)}")
+        sets = [name for name, cameras in CAMERA_SETS.items() if set(cameras) <= set(reader.known_cameras)]
+        known = (*sets, *reader.known_cameras)
+        raise UsageError(f"no camera {unknown[0]!r} in {source} data; {nearest(unknown[0], known)}")
     tables = {"sample": recipe.sample.model_dump(mode="json"), "split": recipe.split.model_dump(mode="json")}
     columns = tuple(str(column) for column in recipe.target_columns())
     name = type(recipe).__name__.lower()

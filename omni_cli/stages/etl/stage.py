@@ -7,14 +7,14 @@ from typing import Any
 from omni_cli.config import differences
 from omni_cli.errors import DataError, OmniError, UsageError
 from omni_cli.recipe import Sampled, require
-from omni_cli.report import Console
+from omni_cli.report import Console, Step, counted
 from omni_cli.samples.shards import Manifest, ShardSet
 from omni_cli.samples.splits import SPLITS
 from omni_cli.scene.clock import check_rate
 from omni_cli.stages.etl.dry_run import dry_run
 from omni_cli.stages.etl.engines import UnitOutcome, run_units
 from omni_cli.stages.etl.estimate import check_space, estimate, room_line, slow_line, too_few
-from omni_cli.stages.etl.finalize import current_manifest, finalize, is_done, missing_units
+from omni_cli.stages.etl.finalize import current_manifest, finalize, is_done, made_otherwise, missing_units
 from omni_cli.stages.etl.nothing import clear_away
 from omni_cli.stages.etl.plan import Job, Plan, Unit
 from omni_cli.stages.etl.refusals import crash_reason, forgive, refusal, refuse
@@ -56,7 +56,7 @@ def _etl(recipe: Any, request: EtlRequest, console: Console) -> dict[str, Any]:
     for note in sampled.notes():
         console.say(note)
     with prepared(sampled, sampled.preprocess(), request) as (job, plan):
-        console.say(f"{job.source} in {job.raw}: {len(plan.units)} recordings -> {job.out}")
+        console.say(f"{job.source} in {job.raw}: {counted(len(plan.units), 'recording')} -> {job.out}")
         _check_settings(job)
         try:
             return _make(job, plan, recipe, request, console)
@@ -71,12 +71,18 @@ def _make(job: Job, plan: Plan, recipe: Any, request: EtlRequest, console: Conso
     units = plan.share(request.shard)
     left = [unit for unit in units if not is_done(job, unit)]
     check_space(job.out, estimate(job, left).stored_bytes, len(left))
+    if others := sum(made_otherwise(job, unit) for unit in left):
+        console.warn(
+            f"{job.out}: {counted(others, 'recording')} of other settings, or of another version of omni, made anew; "
+            "to keep what is there, stop this and choose another --out"
+        )
     register_shards(request.data, job.source, job.raw, job.out)
     counts = _run_units(job, units, request, console)
     _check_alone(job, units)
     _check_refused(job, units, request.max_refused)
     if waiting := missing_units(job, plan):
-        console.say(f"{len(waiting)} recordings are left to the other shares; the last one to end writes the manifest")
+        elsewhere = counted(len(waiting), "recording")
+        console.say(f"left to the other shares: {elsewhere}; the last one to end writes the manifest")
         return {"shards": str(job.out), "finished": False, "waiting": len(waiting), **counts}
     _check_refused(job, plan.units, request.max_refused)  # those of the other shares too
     manifest = finalize(job, plan)
@@ -101,16 +107,17 @@ def _check_settings(job: Job) -> None:
 def _run_units(job: Job, units: tuple[Unit, ...], request: EtlRequest, console: Console) -> dict[str, int]:
     for unit in units if request.retry_crashed else ():
         forgive(job, unit)
-    told = _Told(console)
-    outcomes = run_units(job, units, engine=request.engine, workers=request.workers, worker_gb=request.worker_gb)
     with console.progress("etl", len(units), "recordings") as step:
+        told = _Told(console, step)
+        outcomes = run_units(
+            job, units, engine=request.engine, workers=request.workers, worker_gb=request.worker_gb, listen=told.watch
+        )
         for outcome in outcomes:
             result = _result(job, outcome)
             if result.status == "stopped":
                 left = [unit for unit in units if not is_done(job, unit)]
                 raise OmniError(f"{result.reason} ({room_line(job, left)})")
             told.hear(outcome.item, result)
-            step.advance()
     told.end(job.preprocess.rate_hz)
     return {name: told.counts[name] for name in ("made", "kept", "decoded_frames")}
 
@@ -120,8 +127,14 @@ class _Told:
     """What the units said."""
 
     console: Console
+    step: Step
     counts: Counter[str] = field(default_factory=Counter)
     slow_hz: dict[str, float] = field(default_factory=dict)
+    under_way: dict[Unit, float] = field(default_factory=dict)  # the share of each that is done
+
+    def watch(self, unit: Unit, share: float) -> None:
+        self.under_way[unit] = share
+        self.step.under_way(sum(self.under_way.values()))
 
     def hear(self, unit: Unit, result: UnitResult) -> None:
         if result.status == "refused":
@@ -132,8 +145,14 @@ class _Told:
             self.slow_hz[camera] = min(rate_hz, self.slow_hz.get(camera, rate_hz))
         self.counts[result.status] += 1
         self.counts["decoded_frames"] += result.frames
+        self.under_way.pop(unit, None)
+        self.step.advance()
 
     def end(self, rate_hz: float) -> None:
+        if kept := self.counts["kept"]:
+            made = f", {self.counts['made']} made now" if self.counts["made"] else ""
+            ending = "" if self.counts["made"] or self.counts["refused"] else "; nothing was left to do"
+            self.console.say(f"already there: {counted(kept, 'recording')}{made}{ending}")
         if self.slow_hz:
             self.console.warn(f"{slow_line(self.slow_hz, rate_hz)}; lower --rate-hz")
 
@@ -149,8 +168,9 @@ def _check_alone(job: Job, units: tuple[Unit, ...]) -> None:
     """Refuse to go on where what was made or refused here is gone: two etls that differ would never end."""
     if gone := [unit for unit in units if not is_done(job, unit) and refusal(job, unit) is None]:
         raise OmniError(
-            f"{job.out}: another omni etl, of other settings or of another version, made {len(gone)} of these "
-            f"{len(units)} recordings anew; end one of the two, give each its own --out, and run the same command again"
+            f"{job.out}: another omni etl, of other settings or of another version, made {len(gone)} of "
+            f"{counted(len(units), 'recording')} anew; end one of the two, give each its own --out, and run the same "
+            "command again"
         )
 
 
@@ -159,7 +179,7 @@ def _check_refused(job: Job, units: tuple[Unit, ...], max_refused: float) -> Non
     if len(refused) > max_refused * len(units) or (units and len(refused) == len(units)):
         first = f"{refused[0].recording_id}: {refusal(job, refused[0])}"
         raise DataError(
-            f"{len(refused)} of {len(units)} recordings were refused, more than the {max_refused:.0%} allowed; "
+            f"{len(refused)} of {counted(len(units), 'recording')} refused, more than the {max_refused:.0%} allowed; "
             f"the first is {first}; audit the data with: omni audit"
         )
 
@@ -167,13 +187,13 @@ def _check_refused(job: Job, units: tuple[Unit, ...], max_refused: float) -> Non
 def _say_result(manifest: Manifest, plan: Plan, console: Console) -> None:
     windows = ", ".join(f"{manifest.count(split)} {split}" for split in SPLITS)
     skew = f"{manifest.skew.median_us / 1000:.1f} ms median, {manifest.skew.max_us / 1000:.1f} ms at most"
-    console.say(f"{len(manifest.recordings)} recordings, windows: {windows}; camera skew: {skew}")
+    console.say(f"{counted(len(manifest.recordings), 'recording')}, windows: {windows}; camera skew: {skew}")
     for reason, count in manifest.dropped.items():
-        console.say(f"dropped {count} windows: {reason}")
+        console.say(f"dropped {counted(count, 'window')}: {reason}")
     if plan.quarantined:
-        console.say(f"left out {len(plan.quarantined)} recordings in quarantine")
+        console.say(f"left out {counted(len(plan.quarantined), 'recording')} in quarantine")
     if plan.unassigned:
-        console.say(f"left out {plan.unassigned} recordings that the split file does not name")
+        console.say(f"left out {counted(plan.unassigned, 'recording')} that the split file does not name")
     for split in SPLITS:
         if not manifest.count(split) and plan.split_rule != "file":  # a file says so on purpose
             console.warn(too_few(split, plan.split_rule))

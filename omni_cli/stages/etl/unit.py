@@ -1,23 +1,26 @@
 """One recording: opened, decoded, cut, written with its receipts; or refused with a reason. Runs in a worker."""
 
 import errno
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+
+import pyarrow as pa
 
 from omni_cli.errors import DataError, OmniError, refused_by_machine
 from omni_cli.files import hash_json, remove_leftovers
 from omni_cli.models.host_memory import keep_freed_blocks
 from omni_cli.samples.shards import finished_recording, recording_folder, write_recording
 from omni_cli.samples.splits import SPLITS, time_split
-from omni_cli.samples.tables import ShardTables
+from omni_cli.samples.tables import Frames, ShardTables
 from omni_cli.samples.windows import AssignSplit, span_us
 from omni_cli.scene.recording import Recording
 from omni_cli.stages.etl.identity import allowed_s, inputs_of, slow_cameras
 from omni_cli.stages.etl.plan import Job, Unit
 from omni_cli.stages.etl.refusals import clear, forgive, quarantined, refuse
-from omni_cli.stages.worker import begin
+from omni_cli.stages.worker import begin, moved
 
 # What a disk says of one file that cannot be read; a full disk, or too many open files, are nobody's input.
 _UNREADABLE = (errno.EIO, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
@@ -77,9 +80,24 @@ def _make(job: Job, unit: Unit) -> UnitResult:
     tables = job.make_tables(recording, job.preprocess, assign_split=assign_split(job, unit, recording))
     provenance = {**recording.provenance, **tables.facts}
     facts = {"plan_key": job.plan_key(unit), "group": unit.group, "provenance": provenance}
-    write_recording(job.out, unit.recording_id, tables, unit_key, **facts, **_summary(tables))
+    watched = replace(tables, frames=_watched(tables.frames))
+    write_recording(job.out, unit.recording_id, watched, unit_key, **facts, **_summary(tables))
     clear(job, unit)
     return UnitResult("made", frames=tables.frames.num_rows, **told)
+
+
+def _watched(frames: Frames) -> Frames:
+    """Return the same frames; how many of them are made is told while they are asked for."""
+    return replace(frames, batches=partial(_telling, frames))
+
+
+def _telling(frames: Frames) -> Iterator[pa.RecordBatch]:
+    made = 0
+    for batch in frames.batches():
+        made += batch.num_rows
+        yield batch
+        del batch  # before the next is filled
+        moved(made / frames.num_rows)
 
 
 def _warnings(recording: Recording) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 
-from omni_cli.report import Console
+from omni_cli.report import Console, counted
 from omni_cli.stages.fetch import landing
 from omni_cli.stages.fetch.partial import Piece
 
@@ -20,16 +20,18 @@ def say_estimate(pieces: Sequence[Piece], console: Console) -> None:
     """Say how much will come, and for how long."""
     if pieces:
         size_bytes = sum(piece.transfer_bytes for piece in pieces)
-        console.say(f"to fetch: {len(pieces)} files, {landing.size_text(size_bytes)}; {_times_text(size_bytes)}")
+        console.say(
+            f"to fetch: {counted(len(pieces), 'file')}, {landing.size_text(size_bytes)}; {_times_text(size_bytes)}"
+        )
 
 
 def say_pieces(pieces: Sequence[Piece], console: Console) -> None:
     """Name the first files that would come, and how many follow."""
     for piece in pieces[:_PIECES_SHOWN]:
-        part = f" of {len(piece.clips)} clips" if piece.clips else ""
+        part = f" of {counted(len(piece.clips), 'clip')}" if piece.clips else ""
         console.say(f"would fetch {piece.file.path}  {landing.size_text(piece.transfer_bytes)}{part}")
     if len(pieces) > _PIECES_SHOWN:
-        console.say(f"would fetch {len(pieces) - _PIECES_SHOWN} files more")
+        console.say(f"would fetch {counted(len(pieces) - _PIECES_SHOWN, 'file')} more")
 
 
 def say_table(pieces: Sequence[Piece], console: Console) -> None:

@@ -19,7 +19,7 @@ from omni_cli.formats.physical_ai_av import (
     REASONING_FILE,
     REPOSITORY,
 )
-from omni_cli.report import Console
+from omni_cli.report import Console, counted
 from omni_cli.sources.index_names import unsafe_index_names
 from omni_cli.stages.fetch import landing
 from omni_cli.stages.fetch.estimate import say_estimate, say_pieces, say_table, seconds_at
@@ -128,9 +128,8 @@ def _run(job: Job) -> dict[str, Any]:
 
 def _refuse_failures(job: Job, num_planned: int) -> None:
     if job.failures:
-        raise OmniError(
-            f"{len(job.failures)} of {num_planned} files failed, the others are kept; first: {job.failures[0]}"
-        )
+        failed = f"{len(job.failures)} of {counted(num_planned, 'file')} failed"
+        raise OmniError(f"{failed}, the others are kept; first: {job.failures[0]}")
 
 
 def _plan_indices(job: Job) -> None:
@@ -193,7 +192,7 @@ def _result(job: Job, chunks: tuple[int, ...]) -> dict[str, Any]:
     _warn(job, absent)
     verb, size = "would fetch" if job.request.dry_run else "fetched", landing.size_text(fetched_bytes)
     job.console.say(
-        f"{verb} {len(fetched)} files, {size}, of {len(chunks)} chunks at {job.commit[:12]}; "
+        f"{verb} {counted(len(fetched), 'file')}, {size}, of {counted(len(chunks), 'chunk')} at {job.commit[:12]}; "
         f"{len(present) - len(fetched)} already there, {len(absent)} absent upstream; {job.folder}"
     )
     return {
@@ -234,10 +233,12 @@ def _is_empty(job: Job, piece: Piece) -> bool:
 
 def _warn(job: Job, absent: Sequence[str]) -> None:
     if absent:
-        job.console.warn(f"{len(absent)} files are absent upstream: {landing.names_text(absent)}")
+        job.console.warn(f"absent upstream: {counted(len(absent), 'file')}: {landing.names_text(absent)}")
     if job.skipped:
         job.console.warn(
             f"{len(job.skipped)} paths or names of the hub are unsafe and skipped: {sorted(job.skipped.items())[0]}"
         )
     if job.lacking:
-        job.console.warn(f"{len(job.lacking)} zips lack clips asked for, first {sorted(job.lacking.items())[0]}")
+        job.console.warn(
+            f"clips asked for are lacking in {counted(len(job.lacking), 'zip')}, first {sorted(job.lacking.items())[0]}"
+        )

@@ -12,7 +12,7 @@ from omni_cli.downloads import Meter
 from omni_cli.errors import DataError, UsageError
 from omni_cli.formats.fetched import read_origin
 from omni_cli.formats.physical_ai_av import CAMERAS, CLIP_INDEX_FILE, LICENCE, REPOSITORY
-from omni_cli.report import Console
+from omni_cli.report import Console, counted
 from omni_cli.stages.fetch import landing
 from omni_cli.stages.fetch.record import Record, write_record
 from omni_cli.stages.fetch.request import FetchRequest
@@ -45,7 +45,7 @@ def import_physical_ai_av(request: FetchRequest, origin: Path, console: Console)
     present = [path for path in (*INDICES, *wanted) if (layout / path).is_file()]
     pairs = {request.folder / path: _inside(layout, path) for path in present}
     if absent:
-        console.warn(f"{len(absent)} files are not in {layout}: {landing.names_text(absent)}")
+        console.warn(f"not in {layout}: {counted(len(absent), 'file')}: {landing.names_text(absent)}")
     with request.held():
         if not request.dry_run:
             since = _first_fetched(layout)
@@ -79,8 +79,8 @@ def copy_all(request: FetchRequest, pairs: Mapping[Path, Path], console: Console
             _copy_missing(pairs, missing, copied_bytes, console)
     verb = "would copy" if request.dry_run else "copied"
     console.say(
-        f"{verb} {len(missing)} files, {landing.size_text(copied_bytes)}; {len(pairs) - len(missing)} already there; "
-        f"{request.folder}"
+        f"{verb} {counted(len(missing), 'file')}, {landing.size_text(copied_bytes)}; "
+        f"{len(pairs) - len(missing)} already there; {request.folder}"
     )
     return {
         "source": request.source,

@@ -11,7 +11,7 @@ from typing import Any
 from omni_cli.errors import DataError, UsageError
 from omni_cli.files import sha256_of
 from omni_cli.formats.openpilot import parse_segment_file
-from omni_cli.report import Console
+from omni_cli.report import Console, counted
 from omni_cli.stages.fetch.imports import copy_all, describe
 from omni_cli.stages.fetch.request import FetchRequest
 
@@ -59,7 +59,7 @@ def import_segments(
     if not pairs:
         raise DataError(f"{origin}: found {describe(origin)}; expected {expected}")
     segments = sorted({"/".join(path.relative_to(request.folder).parts[:depth]) for path in pairs})
-    console.say(f"{len(segments)} segments, {len(pairs)} files in {origin}")
+    console.say(f"{counted(len(segments), 'segment')}, {counted(len(pairs), 'file')} in {origin}")
     with request.held():
         result = copy_all(request, pairs, console)
     return {**result, "segments": segments, "links_not_followed": len(links)}

@@ -11,7 +11,7 @@ from typing import Any
 from omni_cli import files
 from omni_cli.errors import OmniError, UsageError
 from omni_cli.formats.physical_ai_av import CAMERAS, MOST_CHUNKS
-from omni_cli.report import Console
+from omni_cli.report import Console, counted
 from omni_cli.stages.fetch import landing
 from omni_cli.stages.fetch.request import FetchRequest
 from omni_cli.stages.fetch.selection import parse_chunks
@@ -42,7 +42,8 @@ def fetch_synthetic(request: FetchRequest, console: Console) -> dict[str, Any]:
             _index(folder, spec, sorted(made))
     result = _result(request, chunks, len(missing), made)
     verb, there = "would render" if request.dry_run else "rendered", len(chunks) - len(missing)
-    console.say(f"{verb} {len(missing)} chunks of {spec.clips_per_chunk} clips; {there} already there; {folder}")
+    what = f"{counted(len(missing), 'chunk')} of {counted(spec.clips_per_chunk, 'clip')}"
+    console.say(f"{verb} {what}; {there} already there; {folder}")
     return result
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from omni_cli import files
 from omni_cli.downloads import FileAbsentError, Meter, TransferError, claimed, sweep
+from omni_cli.report import counted
 from omni_cli.stages.fetch import landing
 from omni_cli.stages.fetch.partial import FarZip, Piece, fetch_clips
 from omni_cli.stages.fetch.plan import Job
@@ -42,9 +43,7 @@ def transfer(job: Job, missing: Sequence[Piece]) -> None:
         try:
             held = _round(job, missing, pool, meter, wait=False)
             if held:
-                job.console.say(
-                    f"{len(held)} files are being fetched by another omni into {job.folder}: waiting for it"
-                )
+                job.console.say(f"another omni fetches {counted(len(held), 'file')} into {job.folder}: waiting for it")
             _round(job, held, pool, meter, wait=True)
         except BaseException:
             meter.stop()
