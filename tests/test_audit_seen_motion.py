@@ -19,7 +19,8 @@ from omni_cli.scene.poses import Pose
 from omni_cli.scene.recording import Recording
 from omni_cli.sources import open_source
 from omni_cli.stages.audit import AuditRequest, audit
-from omni_cli.stages.checks.facts import SeenTurn
+from omni_cli.stages.audit.statistics import statistics
+from omni_cli.stages.checks.facts import CameraFacts, RecordingFacts, SeenTurn
 from omni_cli.stages.checks.findings import Checked
 from omni_cli.stages.checks.recordings import check_recording
 from omni_cli.stages.checks.seen_motion import Heading, compare, heading_of, seen_motion_findings
@@ -222,6 +223,21 @@ def test_a_log_that_is_off_by_a_constant_is_found(recordings):
         assert codes(checked) == [("pictures-shifted", "warn", FRONT)]
         assert checked.facts[0].cameras[FRONT].seen_turn.lag_us == pytest.approx(-shift_us, abs=100_000)
         assert ("before" if shift_us > 0 else "after") in checked.findings[-1].detail
+
+
+def test_the_statistics_tell_no_lag_of_a_straight_drive():
+    curved, straight = swaying(20, 80_000), swaying(20, 0)
+    straight = (straight[0], replace(straight[1], yaw_rad=np.zeros(len(straight[1].yaw_rad))))
+    seen = [compare(*one, at_speed) for one in (curved, straight)]
+    assert seen[1].lag_us == -1_000_000  # of a curve that is flat, its first
+    facts = [
+        RecordingFacts(str(number), {FRONT: CameraFacts(200, (0, 20_000_000), 100_000, 0, 0, None, "", one)}, None)
+        for number, one in enumerate(seen)
+    ]
+    told = statistics(facts)["cameras"][FRONT]["seen_turn"]
+    assert told["recordings"] == 2
+    assert told["lag_ms"] == {"recordings": 1, "min": 80, "median": 80, "max": 80}
+    assert "lag_ms" not in statistics(facts[1:])["cameras"][FRONT]["seen_turn"]
 
 
 def test_the_video_of_another_drive_is_found(recordings):

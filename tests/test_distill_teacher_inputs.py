@@ -170,7 +170,8 @@ def test_a_wrong_teacher_is_one_line_before_the_work(files, refusal, short_drive
     assert not (tmp_path / "pwned").exists()
 
 
-def test_an_unknown_device_lists_those_that_are_known(pair, capsys):
-    assert run(["etl", "--recipe", "distill", "--teacher", comma(pair), "--set", "sample.teacher_device=gpu"]) == 2
+def test_an_unknown_device_lists_those_that_are_known(pair, short_drives, capsys):
+    asked = ["--data", str(short_drives), "--teacher", comma(pair), "--set", "sample.teacher_device=gpu"]
+    assert run(["etl", "--recipe", "distill", *asked]) == 2
     assert re.search(r"sample.teacher_device = 'gpu': input should be 'auto', 'cuda', 'tensorrt', 'rocm' or 'cpu'",
                      capsys.readouterr().err)  # fmt: skip

@@ -16,7 +16,7 @@ from omni_cli.report import Console
 from omni_cli.samples.shards import frames_path, open_shards
 from omni_cli.stages import disk, runs
 from omni_cli.stages.etl import EtlRequest, etl
-from omni_cli.stages.loading import in_words_of_workers
+from omni_cli.stages.loading import Patient, in_words_of_workers
 from omni_cli.stages.train import TrainRequest, train
 from tests.support.folders import tree
 from tests.support.injection import REFUSED, needs_strace, run_traced
@@ -179,6 +179,12 @@ class Odd(Dataset):
         return self._fail() if index else index
 
 
+def signal_self():
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGTERM)
+    return signal.alarm(0)
+
+
 def refuse_data():
     raise DataError("here: found a, expected b; do c: or d")
 
@@ -209,3 +215,13 @@ def test_what_a_worker_says_is_said_in_its_words(fail, kind, said):
     with pytest.raises(kind, match=said) as caught, in_words_of_workers():
         list(DataLoader(Odd(fail), num_workers=1, multiprocessing_context="fork"))
     assert type(caught.value) is kind
+
+
+@pytest.mark.fault("F2")
+def test_a_signal_to_every_process_does_not_end_a_worker_at_once():
+    """The process that trains hears it too, and needs its workers to end the step and save it."""
+    first, left_s = DataLoader(
+        Odd(signal_self), num_workers=1, multiprocessing_context="fork", batch_size=None, worker_init_fn=Patient(None)
+    )
+    assert first == 0
+    assert 100 < left_s <= 120  # then it ends, should nobody have ended it

@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from omni_cli.__main__ import run as omni
+from omni_cli.errors import OmniError
 from omni_cli.files import RECEIPT_PROOF, read_json, receipt_path
+from omni_cli.models import qwen_vl
 from omni_cli.samples.shards import open_shards
 from omni_cli.stages import runs
 from omni_cli.stages.merge import MergeRequest, merge
@@ -161,6 +163,7 @@ CONFIGS = {
     ),
     "an unknown activation": (config(text_config__hidden_act="evil"), 3, AGAIN),
     "an unknown type": (config(dtype="evil"), 3, AGAIN),
+    "weights of another name": (config(transformers_weights="adapter_model.bin"), 3, r"names the weights 'adapter_mod"),
     "an adapter": (
         holds("adapter_config.json", '{"base_model_name_or_path": "evil/base"}'),
         2,
@@ -252,6 +255,26 @@ def test_a_models_folder_that_is_damaged_or_hostile_is_one_line(case, made, tmp_
     assert not (tmp_path / "canary").exists()
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob("runs/r/final*"))
+
+
+def test_an_old_index_beside_a_file_of_all_weights_is_not_heeded(made, tmp_path):
+    """The library reads the one file, whatever other files are there."""
+    base = tmp_path / "base"
+    shutil.copytree(made.run.folder.parent.parent / "base", base)
+    (base / INDEX).write_text('{"weight_map": {"x": "model-00001-of-00002.safetensors"}}')
+    save_file({"position.weight": torch.arange(4)}, base / "other.safetensors")
+    assert qwen_vl.load_model(str(base), torch.float32).name_or_path == str(base)
+    assert qwen_vl.weights_fingerprint(str(base))
+
+
+def test_weights_packed_by_eight_are_not_too_few(made, tmp_path):
+    """As AWQ keeps them; whether they can be read is the library's to say."""
+    base = tmp_path / "base"
+    shutil.copytree(made.run.folder.parent.parent / "base", base)
+    weights(lambda held: {name: torch.zeros(-(-weight.numel() // 8)) for name, weight in held.items()})(base)
+    config(quantization_config={"quant_method": "awq", "bits": 4, "version": "gemm"})(base)
+    with pytest.raises(OmniError, match="requires gptqmodel"):
+        qwen_vl.load_model(str(base), torch.float32)
 
 
 # -- what another hand sealed

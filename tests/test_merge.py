@@ -215,6 +215,17 @@ def test_a_folder_of_others_is_not_replaced(made, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_what_cannot_be_sealed_is_not_left_behind(tmp_path):
+    def publish():
+        with models.publish_folder(tmp_path / "m", "writing") as (made, facts):
+            (made / "weights").write_text("w")
+            facts["no_json"] = object()
+
+    with pytest.raises(TypeError, match="not JSON"):
+        publish()
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_no_model_folder_is_named(made, folder, tmp_path):
     with pytest.raises(UsageError, match="is an adapter without its base; make a model of its run with: omni merge"):
         models.open_model(made.run.final)

@@ -63,10 +63,23 @@ def test_what_is_loaded_is_said_on_a_terminal_and_wiped_away(quiet, as_json, is_
     assert last.strip() == "next"
 
 
-def test_elsewhere_nothing_is_said_of_it(capsys):
+@pytest.mark.parametrize("colour", ["", "1"])
+def test_elsewhere_nothing_is_said_of_it(colour, capsys, monkeypatch):
+    """With FORCE_COLOR, as in CI, a log is a terminal to rich."""
+    monkeypatch.setenv("FORCE_COLOR", colour)
     with Console().passing("loading torch"):
         pass
     assert capsys.readouterr().err == ""
+
+
+def test_a_log_gets_lines_and_no_bar_whatever_its_colours(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    with Console().progress("etl", 2, "recordings") as step:
+        step.advance(2)
+    told = capsys.readouterr().err
+    assert "etl: 2/2 recordings" in told
+    assert "\x1b[2K" not in told
 
 
 def test_the_libraries_are_loaded_before_the_verb_begins(tmp_path):

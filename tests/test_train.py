@@ -5,6 +5,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -132,6 +134,22 @@ def test_sigterm_and_ctrl_c_save_what_was_learned(warm, tmp_path, shards, sent, 
     assert process.wait() == code
     run_key = runs.open_run(tmp_path / "r").manifest.key()
     assert 3 <= checkpoints.find_start(tmp_path / "r" / "checkpoints", run_key).step < STEPS
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.fault("F2")
+@pytest.mark.storm
+def test_a_signal_to_every_process_of_a_training_saves_what_was_learned(tmp_path, shards, sent, code) -> None:
+    """As a terminal and a scheduler send it: the workers of the loader hear it too."""
+    words = [str(tmp_path), str(shards["qwen2_5_vl"]), "qwen2_5_vl", "full", "cosine", "400", "2"]
+    process = subprocess.Popen([sys.executable, "-m", "tests.support.train_once", *words], start_new_session=True)
+    while not list((tmp_path / "r" / "checkpoints").glob("checkpoint-*.receipt.json")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, sent)
+    assert process.wait(300) == code
+    run_key = runs.open_run(tmp_path / "r").manifest.key()
+    assert checkpoints.find_start(tmp_path / "r" / "checkpoints", run_key).step > 0
 
 
 @pytest.mark.fault("F22")

@@ -36,8 +36,9 @@ class Bar:
     def __init__(self):
         self.done, self.seen = 0, []
 
-    def advance(self, count=1, note=""):
+    def advance(self, count=1, note="", under_way=0.0):
         self.done += count
+        self.seen.append(self.done + under_way)
 
     def under_way(self, units):
         self.seen.append(self.done + units)
@@ -50,7 +51,7 @@ def test_the_bar_moves_inside_recordings_and_counts_them_once():
         told.watch(unit, share)
     told.hear(first, UnitResult("made"))
     told.watch(second, 0.5)
-    assert bar.seen == [0.5, 0.75, 1.0, 1.5]
+    assert bar.seen == [0.5, 0.75, 1.0, 1.25, 1.5]  # never back by what others have done
     assert bar.done == 1
 
 

@@ -66,8 +66,10 @@ def refuse_early(verb: str, given: Mapping[str, Any]) -> None:
     if config := given.get("config"):
         read_layer(config)
     override_layer(given.get("sets") or [])
-    if isinstance(run := given.get("run"), Path):  # one that exists; train and run give a new one its name, a text
+    if isinstance(run := given.get("run"), Path):  # one that exists
         _locate().choose_run(run, given["runs"])
+    elif run is not None:  # the name of a new one
+        _locate().named_folder(given["runs"], run)
     if verb == "etl":
         parse_share(given["shard"])
         parse_split(given["split"])

@@ -16,7 +16,7 @@ from omni_cli.errors import DataError, OmniError, UsageError
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_INDEX = "model.safetensors.index.json"
+_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")  # as a header names them
 _DEPTHS, _MOST_LAYERS = ("num_hidden_layers", "depth"), 10_000  # a library makes lists of that length, and longer
 _AGAIN = "take the folder again from where it came"
@@ -27,7 +27,7 @@ def check_config(folder: Path) -> dict[str, Any]:
 
     Raises:
         UsageError: the folder holds an adapter or a run.
-        DataError: it holds no configuration, or one that is no JSON object or of no sane size.
+        DataError: it holds no configuration, or one that is no JSON object, of no sane size, or names other weights.
     """
     if (folder / ADAPTER_CONFIG).is_file():
         raise UsageError(
@@ -35,7 +35,10 @@ def check_config(folder: Path) -> dict[str, Any]:
         )
     if (folder / "final").is_dir():
         raise UsageError(f"model {str(folder)!r} is a run; its weights are in {folder / 'final'}")
-    return read_config(folder)
+    config = read_config(folder)
+    if named := config.get("transformers_weights"):  # the library would read that file, which may be a pickle
+        raise DataError(f"{folder / CONFIG}: names the weights {named!r}, expected them in {_WHOLE} or its index")
+    return config
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -137,12 +140,14 @@ def _first_line(error: Exception) -> str:
 
 
 def _weight_files(folder: Path) -> list[str]:
-    """Return the names of the files that a library would read: those of an index, else all.
+    """Return the names of the files that a library would read: the one of all weights, those of an index, else all.
 
     Raises:
         DataError: an index is none, or names a file that is not in the folder itself.
     """
     there = sorted(path.name for path in folder.glob("*.safetensors"))
+    if _WHOLE in there:
+        return [_WHOLE]  # an index beside it is of weights that were here before
     if not (folder / _INDEX).is_file():
         return there
     named = read_object(folder / _INDEX).get("weight_map")

@@ -31,6 +31,7 @@ _DEVICES = re.compile(r"cpu|cuda(:\d+)?")
 _NOT_QUANTISED = ["model.visual", "lm_head"]
 _TOKENS = ("<|video_pad|>", "<|im_end|>")  # in every prompt, after every answer
 _MOST_LACKING = 2  # times the weights held that a configuration may ask for until those that lack are named
+_MOST_PACKED = 8  # quantised weights in one number of a file: AWQ and GPTQ put eight of 4 bits into 32
 
 
 def load_model(source: str, dtype: torch.dtype, quantization: str = "none") -> PreTrainedModel:
@@ -68,9 +69,10 @@ def _check_size(folder: str) -> None:
     """
     family_of(folder)
     config = model_config(folder)
-    held = check_weights(Path(folder), is_quantized=getattr(config, "quantization_config", None) is not None)
+    is_quantized = getattr(config, "quantization_config", None) is not None
+    held = check_weights(Path(folder), is_quantized=is_quantized)
     wanted = sum(weight.numel() for weight in empty_model(config).parameters())
-    if wanted > _MOST_LACKING * held:
+    if wanted > _MOST_LACKING * held * (_MOST_PACKED if is_quantized else 1):
         raise DataError(
             f"model {folder!r}: its config.json asks for {wanted:,} weights, its files hold {held:,}; "
             "take the folder again from where it came"

@@ -19,6 +19,8 @@ from omni_cli.stages import locate
 from omni_cli.stages.raw_lock import reading
 
 _IDS_SHOWN = 5
+_COMPARED = 5_000  # ids; to compare a word with every one of 300,000 takes twenty seconds
+_ENDS = 4  # characters
 _VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".ts")
 
 
@@ -124,10 +126,17 @@ def _meant(word: str, ids: Sequence[str]) -> str | None:
 
 
 def _remedy(word: str, ids: Sequence[str]) -> str:
-    if close := get_close_matches(word, ids, n=1):
+    if close := get_close_matches(word, _comparable(word, ids), n=1):
         return f"did you mean {close[0]!r}?"
     more = f" and {len(ids) - _IDS_SHOWN} more" if len(ids) > _IDS_SHOWN else ""
     return f"give a file that is there, or an id: {', '.join(sorted(ids)[:_IDS_SHOWN]) or 'there is none'}{more}"
+
+
+def _comparable(word: str, ids: Sequence[str]) -> Sequence[str]:
+    """Return the ids to compare with a word: of very many those that begin or end as it does."""
+    if len(ids) <= _COMPARED:
+        return ids
+    return [one for one in ids if one[:_ENDS] == word[:_ENDS] or one[-_ENDS:] == word[-_ENDS:]]
 
 
 def _check_not_set_aside(recording_id: str, folder: Path) -> None:

@@ -1,20 +1,45 @@
-"""What a loader's worker says when it fails, in the words of what failed there: torch puts its traceback into them."""
+"""The workers of a loader: slow to hear of an end, and when one fails, in the words of what failed there."""
 
 import os
 import re
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from omni_cli.errors import OmniError
+from omni_cli.stages.worker import GROUP_SIGNALS
 
 _FROM_WORKER = re.compile(r"Caught \w+ in DataLoader worker process \d+\.\n")
 _ERRNO = re.compile(r"\[Errno (\d+)\] [^:\n]*(?:: '(.*)')?\s*$")
+_PATIENCE_S = 120  # one that nobody ends, since the training crashed, must not stay for ever
 _KILLED = re.compile(r"DataLoader worker \(pid.*\) (is killed by signal|exited unexpectedly)")
+
+
+@dataclass(frozen=True)
+class Patient:
+    """What a worker of a loader does first: it outlives a signal that is sent to every process of a training.
+
+    A terminal sends Ctrl-C, a scheduler SIGTERM, to all of them; the one that trains ends its step first, and saves.
+
+    Attributes:
+        first: what the worker would have done first without this.
+    """
+
+    first: Callable[[int], None] | None
+
+    def __call__(self, worker_id: int) -> None:
+        """Begin in a worker; torch has set its own handlers by then."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_PATIENCE_S))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, GROUP_SIGNALS)
+        if self.first is not None:
+            self.first(worker_id)
 
 
 @contextmanager
 def in_words_of_workers() -> Iterator[None]:
-    """Raise what a worker of a loader raised as it was raised there.
+    """Raise what a worker of a loader raised as it was raised there: torch puts its traceback into the words.
 
     Raises:
         OmniError: as in the worker; or one was killed.

@@ -13,6 +13,7 @@ from omni_cli.sources import source_names
 from omni_cli.stages.run_file import FINAL, RUN_FILE
 
 SHARDS_MARK = "manifest.json"  # a folder without it is unfinished
+_LONGEST_NAME_BYTES = 200  # a file system's 255, less what stands around it in the names of hidden siblings
 _SEGMENT_DEPTHS = ("*", "*/*", "*/*/*")
 
 
@@ -127,3 +128,20 @@ def _fetch_hint(source: str | None) -> str:
             return "get some with: omni fetch --source synthetic --chunks 2"
         case _:
             return f"get it with: omni fetch --source {source} --chunks 5"
+
+
+def named_folder(runs: Path, name: str) -> Path:
+    """Return the folder of a run by its name.
+
+    Raises:
+        UsageError: the name could lead out of `runs`, or a file has it.
+    """
+    plain = name.isprintable() and not name.startswith(".") and not set(name) & set("/\\")
+    if not (plain and 0 < len(name.encode()) <= _LONGEST_NAME_BYTES):
+        raise UsageError(
+            f"--run {name!r}: expected a plain name, without slashes and without a dot in front; "
+            f"it names a folder in {runs}, and --runs DIR chooses another place"
+        )
+    if (runs / name).exists() and not (runs / name).is_dir():
+        raise UsageError(f"--run {name}: {runs / name} is a file; choose another name")
+    return runs / name

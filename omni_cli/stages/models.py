@@ -120,7 +120,8 @@ def publish_folder(folder: Path, doing: str) -> Iterator[tuple[Path, dict[str, A
             with writing(made):
                 yield made, facts
             _take_place(made, folder, old)
-            runs.seal_folder(folder, **facts)
+            with writing(folder):
+                runs.seal_folder(folder, **facts)
         finally:
             shutil.rmtree(work)  # with the lock still held: what is in it is ours
 

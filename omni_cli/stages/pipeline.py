@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field
 from omni_cli.config import Settings, comma_list
 from omni_cli.errors import DataError, UsageError
 from omni_cli.report import Console
-from omni_cli.stages import runs
+from omni_cli.stages import locate, runs
 from omni_cli.stages.audit import AuditRequest, audit
 from omni_cli.stages.etl import EtlRequest, etl
 from omni_cli.stages.evaluate import EvalRequest, evaluate
@@ -71,7 +71,7 @@ def pipeline(recipe: Any, request: PipelineRequest, console: Console) -> dict[st
         DataError: the audit refused data; it names the folder to look at.
     """
     if request.run is not None:
-        runs.named_folder(request.runs, request.run)  # a bad name is said now, not after an hour of etl
+        locate.named_folder(request.runs, request.run)  # a bad name is said now, not after an hour of etl
     wanted = fetch_request(request.fetch, request.data)
     console.say(f"1/5 fetch: {wanted.source}")
     fetched = fetch(wanted, console)

@@ -4,17 +4,15 @@ Each worker holds one item at a time, so that a crash, a hang or an allocation b
 item's. A worker that failed is replaced: what it leaked goes with it.
 """
 
-import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Generic, TypeVar
 
-from omni_cli.stages.worker import TAIL_BYTES, Answer, Begun, Moved, Worker, attempt_here, spawn
+from omni_cli.stages.worker import TAIL_BYTES, Answer, Begun, Moved, Worker, attempt_here, spawn, undisturbed
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -129,7 +127,7 @@ class Pool(Generic[Item, Result]):
     def close(self) -> None:
         """End all workers, those in the middle of an item too; an idle one has nothing to lose, and may be stuck."""
         workers = [*self._idle, *(running.worker for running in self._running.values())]
-        with _undisturbed():
+        with undisturbed():
             for worker in workers:
                 worker.process.kill()
         for worker in workers:
@@ -225,13 +223,3 @@ class Pool(Generic[Item, Result]):
         if task.attempts < self.attempts:
             return None
         return Outcome(task.item, None, failure.error, task.attempts)
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Hold back the signals that would end a clean-up half-way."""
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, held)

@@ -34,7 +34,6 @@ HISTORY = "history.jsonl"
 RECORDS = "records"  # what lies beside the weights; its receipt alone is written
 TRAINING = "training in"  # what the lock of a run's folder is held for
 _LOCK = ".lock"
-_LONGEST_NAME_BYTES = 200  # a file system's 255, less what stands around it in the names of hidden siblings
 _OF_A_RUN = {
     RUN_FILE,
     CONFIG,
@@ -137,23 +136,6 @@ class Run:
     def recipe_settings(self, schema: type[Settings]) -> Any:
         """Return the recipe exactly as it was trained."""
         return resolve(schema, [Layer(str(self.folder / RUN_FILE), self.manifest.settings)]).value
-
-
-def named_folder(runs: Path, name: str) -> Path:
-    """Return the folder of a run by its name.
-
-    Raises:
-        UsageError: the name could lead out of `runs`, or a file has it.
-    """
-    plain = name.isprintable() and not name.startswith(".") and not set(name) & set("/\\")
-    if not (plain and 0 < len(name.encode()) <= _LONGEST_NAME_BYTES):
-        raise UsageError(
-            f"--run {name!r}: expected a plain name, without slashes and without a dot in front; "
-            f"it names a folder in {runs}, and --runs DIR chooses another place"
-        )
-    if (runs / name).exists() and not (runs / name).is_dir():
-        raise UsageError(f"--run {name}: {runs / name} is a file; choose another name")
-    return runs / name
 
 
 def check_ours(folder: Path, *, fresh: bool) -> None:

@@ -37,7 +37,7 @@ from omni_cli.stages.trainer import (
     compose_trainer,
     trainer_arguments,
 )
-from omni_cli.stages.worker import place_sockets
+from omni_cli.stages.worker import start_server
 
 _MORE_LABELS = "make other shards with omni etl, with fewer filters, a shorter warm-up of windows, or another teacher"
 
@@ -79,7 +79,7 @@ def train(recipe: Any, request: TrainRequest, console: Console) -> dict[str, Any
         OmniError: another process is training this run, or is taking the shards away.
     """
     name = f"{recipe.name}-{request.profile}" if request.run is None else request.run
-    folder = runs.named_folder(request.runs, name)
+    folder = locate.named_folder(request.runs, name)
     check_optimizer_name(recipe.train.optimizer)
     if request.dry_run:
         return dry_run(recipe, request, console)
@@ -239,7 +239,7 @@ def _take_steps(
     """Train to the last step, or until a signal comes."""
     steps = trainer.args.max_steps
     if trainer.args.dataloader_num_workers:
-        place_sockets()
+        start_server()
     if (gpus := torch.cuda.device_count()) > 1:
         console.say(f"training on one of {gpus} GPUs; CUDA_VISIBLE_DEVICES chooses which")
     with console.progress("train", steps - start.step, "steps") as bar:

@@ -29,6 +29,7 @@ from omni_cli.samples.dataset import WindowDataset
 from omni_cli.samples.preprocess import Preprocess
 from omni_cli.stages.checkpoints import remove_stray_receipts
 from omni_cli.stages.disk import CHECKPOINTS_KEPT, writing
+from omni_cli.stages.loading import Patient
 from omni_cli.stages.runs import HISTORY, Run, seal_folder
 
 
@@ -53,6 +54,12 @@ class TrueLoss:
             # A step without a label, whose sum is 0, teaches nothing; 0 / 0 would end the training.
             value = loss.total * self.accelerator.num_processes / max(num_items_in_batch, 1)
         return (value, {}) if return_outputs else value
+
+    def get_train_dataloader(self) -> Any:
+        """Return the loader of the training rows; its workers stay until the step that a signal interrupts is saved."""
+        loader = super().get_train_dataloader()  # type: ignore[misc]  # of the Trainer that this is mixed into
+        loader.base_dataloader.worker_init_fn = Patient(loader.worker_init_fn)
+        return loader
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint whole, or leave nothing of it: the one before it is there as long as it does not count."""

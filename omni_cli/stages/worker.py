@@ -17,14 +17,16 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing import util
+from multiprocessing import forkserver, resource_tracker, util
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 TAIL_BYTES = 4096
+GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _STDERR = 2
 _READ_BYTES = 1 << 16
 _LOST_SUPERVISOR = 1
@@ -161,7 +163,7 @@ def spawn(function: Callable[[Any], Any], memory_bytes: int | None) -> Worker:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    place_sockets()
+    start_server()
     ours, theirs = context.Pipe()
     stderr, their_stderr = context.Pipe(duplex=False)
     os.set_blocking(stderr.fileno(), False)
@@ -174,7 +176,29 @@ def spawn(function: Callable[[Any], Any], memory_bytes: int | None) -> Worker:
     return Worker(ours, process, stderr)
 
 
-def place_sockets() -> None:
+def start_server() -> None:
+    """Start the process that workers are forked from, where it does not run yet.
+
+    A terminal and a scheduler send SIGINT and SIGTERM to every process of a group. This one holds them back, and so
+    does what is forked from it until it says otherwise: the process that it works for decides what they mean.
+    """
+    _place_sockets()
+    resource_tracker.ensure_running()  # it lets the signals through again where it starts
+    with undisturbed():
+        forkserver.ensure_running()
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Hold back the signals that would end a clean-up half-way."""
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
+def _place_sockets() -> None:
     """Have multiprocessing name its sockets in /tmp where TMPDIR is too long for that (unix(7): 108 bytes).
 
     It chooses a folder once, and tells it to every process that is made later.
@@ -196,7 +220,7 @@ def _work(connection: Connection, stderr: Connection, function: bytes, memory_by
     os.dup2(stderr.fileno(), _STDERR)
     stderr.close()
     faulthandler.enable()
-    for each in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group: the supervisor decides
+    for each in GROUP_SIGNALS:  # the supervisor decides
         signal.signal(each, signal.SIG_IGN)
     supervisor = multiprocessing.parent_process()
     assert supervisor is not None  # this is its worker

@@ -16,6 +16,7 @@ from omni_cli.stages.checks.facts import (
     MotionFacts,
     RecordingFacts,
 )
+from omni_cli.stages.checks.seen_motion import MIN_CORRELATION
 
 _MICROSECONDS_PER_MS = 1000
 
@@ -25,7 +26,7 @@ def statistics(facts: Sequence[RecordingFacts]) -> dict[str, Any]:
 
     Returns:
         `recordings` measured, `cameras` (name -> counts, rate, jitter, phase, what decoding
-        showed, and by how much its pictures turn after the log), `skew_ms`,
+        showed, and how its pictures turn with the log), `skew_ms`,
         `speed_mps` and `curvature_per_m` as histograms (`edges`, one more than `counts`; every 0.1 s counts once), of
         `motion` the kilometres and where an instant has 1.6 s of motion behind and 6.4 s ahead, and `rigs`.
     """
@@ -72,16 +73,22 @@ def _seen_turns(found: Sequence[CameraFacts]) -> dict[str, Any]:
     seen = [one.seen_turn for one in found if one.seen_turn is not None]
     if not seen:
         return {}
-    lags, likeness = [one.lag_us for one in seen], [one.correlation for one in seen]
-    return {
-        "seen_turn": {
-            "recordings": len(seen),
-            "lag_ms": {"min": _ms(min(lags)), "median": _ms(np.median(lags)), "max": _ms(max(lags))},
-            "correlation": {"min": round(min(likeness), 3), "median": round(float(np.median(likeness)), 3)},
-            "logged_radps": round(float(np.median([one.logged_radps for one in seen])), 4),
-            "seen_radps": round(float(np.median([one.seen_radps for one in seen])), 4),
-        }
+    likeness = [one.correlation for one in seen]
+    told = {
+        "recordings": len(seen),
+        "correlation": {"min": round(min(likeness), 3), "median": round(float(np.median(likeness)), 3)},
+        "logged_radps": round(float(np.median([one.logged_radps for one in seen])), 4),
+        "seen_radps": round(float(np.median([one.seen_radps for one in seen])), 4),
     }
+    return {"seen_turn": told | _lags([one.lag_us for one in seen if one.correlation >= MIN_CORRELATION])}
+
+
+def _lags(lags_us: Sequence[int]) -> dict[str, Any]:
+    """Tell by how much pictures turn after the log, of the recordings that turn enough to tell it."""
+    if not lags_us:
+        return {}
+    spread = {"min": _ms(min(lags_us)), "median": _ms(np.median(lags_us)), "max": _ms(max(lags_us))}
+    return {"lag_ms": {"recordings": len(lags_us)} | spread}
 
 
 def _motion(motions: Sequence[MotionFacts]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ _MIN_SPAN_S = 10.0
 # Translation past near things bends the peak: healthy synthetic drives reach 0.14 s where the correlation is above 0.9,
 # but never a gain of 1.7; of those shifted by 0.3 s about six in ten reach 2.
 _MIN_SHIFT_US, _MIN_HALF_SHIFT_US = 150_000, 100_000
-_MIN_CORRELATION, _MIN_HALF_CORRELATION = 0.85, 0.6
+MIN_CORRELATION, _MIN_HALF_CORRELATION = 0.85, 0.6  # with less, a lag says nothing
 _MIN_GAIN = 2.0  # variance that is left unexplained as they are, over that which is left at the lag
 _UNLIKE_CORRELATION = 0.4
 _TURNING_RADPS = 0.03
@@ -112,7 +112,7 @@ def _camera_findings(found: SeenTurn) -> Iterator[Finding]:
     elif _is_unlike(found):
         yield warn("pictures-of-another-drive", f"its pictures turn at {found.seen_radps:.3f} rad/s and the log at "
                    f"{found.logged_radps:.3f} rad/s (root mean square), and not at the same instants: correlation "
-                   f"{found.correlation:.2f} at best within 1 s, {_MIN_CORRELATION} or more expected")  # fmt: skip
+                   f"{found.correlation:.2f} at best within 1 s, {MIN_CORRELATION} or more expected")  # fmt: skip
 
 
 def _is_shifted(found: SeenTurn) -> bool:
@@ -122,7 +122,7 @@ def _is_shifted(found: SeenTurn) -> bool:
     return bool(
         abs(found.lag_us) >= _MIN_SHIFT_US
         and halves_us.min() >= _MIN_HALF_SHIFT_US
-        and found.correlation >= _MIN_CORRELATION
+        and found.correlation >= MIN_CORRELATION
         and min(found.half_correlations) >= _MIN_HALF_CORRELATION
         and left_unshifted >= _MIN_GAIN * left
     )

@@ -146,7 +146,7 @@ class _Told:
         self.counts[result.status] += 1
         self.counts["decoded_frames"] += result.frames
         self.under_way.pop(unit, None)
-        self.step.advance()
+        self.step.advance(under_way=sum(self.under_way.values()))
 
     def end(self, rate_hz: float) -> None:
         if kept := self.counts["kept"]:
