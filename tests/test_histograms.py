@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from omni_cli.stages.audit.drawing import grouped, histogram
+from omni_cli.stages.audit.drawing import coverage, grouped, histogram
 from omni_cli.stages.checks.facts import SKEW_EDGES_MS
 
 
@@ -29,3 +29,10 @@ def test_grouping_keeps_every_count_and_both_ends(count):
     assert (wide[0], wide[-1], sums.sum()) == (edges[0], edges[-1], counts.sum())
     expected = [counts[(edges[:-1] >= low) & (edges[:-1] < high)].sum() for low, high in pairwise(wide)]
     assert sums.tolist() == expected
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 100])
+def test_recordings_are_counted_in_whole_numbers(count):
+    state = np.ones((2, count), np.int8)
+    (axis,) = coverage([str(number) for number in range(count)], ["front", "rear"], state).axes
+    assert not (axis.get_xticks() % 1).any()

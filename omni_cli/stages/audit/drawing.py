@@ -10,7 +10,9 @@ import numpy.typing as npt
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
+from omni_cli.report import counted
 from omni_cli.stages.checks.findings import Finding
 
 STATES = ("not there", "fine", "warned", "refused")
@@ -41,7 +43,8 @@ def coverage(recordings: Sequence[str], cameras: Sequence[str], state: npt.NDArr
     if len(recordings) <= _MAX_COLUMNS // 4:
         axis.vlines(np.arange(1, len(recordings)), 0, len(cameras), color="white", linewidth=0.6)
     share = f", {len(recordings) / bands:.0f} to a band, the worst of it stands out" if len(recordings) > bands else ""
-    axis.set_xlabel(f"{len(recordings)} recordings by name{share}")
+    axis.set_xlabel(f"{counted(len(recordings), 'recording')} by name{share}")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     marks = [Patch(color=colour, label=name) for name, colour in zip(STATES, _COLOURS, strict=True)]
