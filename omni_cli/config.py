@@ -123,8 +123,9 @@ def read_document(path: Path, schema: type[S], what: str) -> S:
         return schema.model_validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise DataError(f"{path}: not {what} ({key}: {first['msg']})") from None
+        key, held = ".".join(map(str, first["loc"])), first["input"]
+        found = "" if isinstance(held, dict | list) else f" = {held!r}"
+        raise DataError(f"{path}: not {what} ({key}{found}: {first['msg']})") from None
 
 
 def dump_toml(settings: Settings) -> str:

@@ -14,7 +14,7 @@ from omni_cli.stages.audit import AuditRequest, audit
 from tests.support.drives import preprocess
 from tests.support.shard_sets import write_shard_set
 
-WIDTH, HEIGHT, COUNT = 72, 64, 16
+WIDTH, HEIGHT, COUNT = 72, 64, 16  # in a cell of 112 x 84 px: there are bars on all sides
 LAYOUT = preprocess(cameras=("front",), columns=1, canvas_height_px=84, num_frames=COUNT)
 
 
@@ -34,9 +34,9 @@ def write_shards(folder: Path, drives: dict[str, tuple[str, list[np.ndarray]]]) 
             "camera": ["front"] * count,
             "frame_index": range(count),
             "timestamp_us": [100_000 * row for row in range(count)],
-            "width_px": [WIDTH] * count,
-            "height_px": [HEIGHT] * count,
-            "pixels": [one.tobytes() for one in shown],
+            "width_px": [112] * count,
+            "height_px": [84] * count,
+            "pixels": [LAYOUT.in_cell(one).tobytes() for one in shown],
         }
         batch = pa.RecordBatch.from_pydict({key: list(values) for key, values in columns.items()}, FRAMES)
         window = [0, 0, 100_000 * COUNT, split, list(range(count)), columns["timestamp_us"], 0, 0]
@@ -52,6 +52,19 @@ def found(folder: Path, **options) -> list[tuple[str, str, str]]:
 
 def test_other_drives_on_either_side_are_no_leak(tmp_path):
     drives = {"a": ("train", pictures(1)), "b": ("val", pictures(2)), "c": ("train", pictures(3))}
+    assert found(write_shards(tmp_path / "one", drives), deep=True) == []
+
+
+def dim(seed: int) -> list[np.ndarray]:
+    """Night: hardly lighter in the middle, with noise of its own."""
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    light = 60 - 16 * np.hypot(x / WIDTH - 0.5, y / HEIGHT - 0.5)[..., None]
+    noise = np.random.default_rng(seed).normal(0, 0.7, (COUNT, HEIGHT, WIDTH, 3))
+    return list((light + noise).astype(np.uint8))
+
+
+def test_the_bars_beside_pictures_make_no_drives_look_alike(tmp_path):
+    drives = {"a": ("train", dim(1)), "b": ("val", dim(2))}
     assert found(write_shards(tmp_path / "one", drives), deep=True) == []
 
 

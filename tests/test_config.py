@@ -123,5 +123,5 @@ def test_differences_name_the_keys():
 def test_a_document_of_another_format_is_named_with_its_first_wrong_key(tmp_path) -> None:
     path = tmp_path / "run.json"
     path.write_text('{"lora": {"rank": "high"}}')
-    with pytest.raises(DataError, match=r"run\.json: not a run \(lora\.rank: .*integer"):
+    with pytest.raises(DataError, match=r"run\.json: not a run \(lora\.rank = 'high': .*integer"):
         read_document(path, Train, "a run")

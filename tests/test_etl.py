@@ -60,7 +60,7 @@ def test_what_etl_says_is_what_is_on_disk(reference):
     assert min(result["windows"].values()) > 0
     assert result["skew_ms"] == {"median": 0.0, "max": 0.0}  # one camera
     row = WindowDataset(shards, "val", result["sidecar"])[0]
-    assert row["pictures"].shape == (8, 56, 56, 3)
+    assert row["pictures"].shape == (8, 1, 56, 56, 3)
     assert row["input_ids"].tolist() == [round(row["mean_speed_mps"] * 100), 7]
     assert row["mean_speed_mps"] == pytest.approx(made.speed_at((row["start_us"] + row["end_us"]) / 2), abs=0.01)
     assert json.loads(json.dumps(result)) == result

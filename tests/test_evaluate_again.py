@@ -131,6 +131,22 @@ def test_no_twin_learns_from_shards_that_were_made_anew(original, tmp_path):
     assert not (folder / "blind").exists()
 
 
+def test_a_run_whose_own_shards_are_damaged_is_measured_on_others_without_a_twin(original, tmp_path, capsys):
+    own, folder = tmp_path / "shards", tmp_path / "runs" / "run"
+    (own / "recordings").mkdir(parents=True)
+    shutil.copytree(original.run.folder, folder)
+    moved = original.run.manifest.shards.model_copy(update={"folder": str(own), "fingerprint": "0" * 64})
+    manifest = original.run.manifest.model_copy(update={"shards": moved})
+    files.write_json(folder / runs.RUN_FILE, manifest.model_dump(mode="json"))
+    run = runs.open_run(folder)
+    with pytest.raises(DataError, match="unfinished"):
+        evaluate(original.recipe, run, EvalRequest(split="val"), QUIET)
+    report = evaluate(original.recipe, run, EvalRequest(original.shards, split="val"), Console())
+    assert "trained blind" not in [line["name"] for line in report["conditions"]]
+    told = "no twin trained blind: the shards that the run learned from are gone or were made anew"
+    assert f"warning: {told}" in capsys.readouterr().err
+
+
 def test_two_do_not_measure_one_run_at_once(made):
     with files.exclusive(made.run.folder, "training in"), pytest.raises(OmniError, match="another omni is measuring"):
         evaluate(made.recipe, made.run, SEEING, QUIET)

@@ -45,8 +45,8 @@ def for_the_hub(made):
     return made.run.folder / "export" / "hf"
 
 
-def canvases(preprocess, windows: int):
-    shape = (windows, preprocess.num_frames, preprocess.canvas_height_px, preprocess.canvas_width_px, 3)
+def pictures_of(preprocess, windows: int):
+    shape = (windows, *preprocess.window_shape)
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(7))
 
 
@@ -54,7 +54,7 @@ def canvases(preprocess, windows: int):
 def test_onnxruntime_computes_what_the_vision_tower_does(made, in_onnx, windows):
     _, folder = in_onnx
     preprocess = made.run.manifest.preprocess
-    pixels = preprocess.pixel_values(canvases(preprocess, windows))
+    pixels = preprocess.pixel_values(pictures_of(preprocess, windows))
     session = onnxruntime.InferenceSession(str(folder / f"vision-b{windows}.onnx"))
     found = session.run(None, {"pixel_values": pixels.numpy()})
     tower = made.recipe.load(preprocess, made.run.final).model
@@ -142,13 +142,14 @@ def test_the_hubs_own_processor_makes_the_same_inputs(made, for_the_hub):
     message = {"type": "text", "text": prompts.render_question(preprocess, 3.0)}
     chat = [{"role": "user", "content": [{"type": "video"}, message]}]
     text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    frames, count = canvases(preprocess, 1), preprocess.num_frames
+    pictures, count = pictures_of(preprocess, 1), preprocess.num_frames
+    frames = preprocess.canvases(pictures)[0].permute(0, 3, 1, 2)
     times = VideoMetadata(total_num_frames=count, fps=preprocess.rate_hz, frames_indices=list(range(count)))
     metadata = {"video_metadata": [times]} if preprocess.vision.family == "qwen3_vl" else {}
-    made_by_it = processor(text=[text], videos=[frames[0].permute(0, 3, 1, 2)], return_tensors="pt", **metadata)
+    made_by_it = processor(text=[text], videos=[frames], return_tensors="pt", **metadata)
     ours = processor.tokenizer.encode(prompts.render_prompt(preprocess, 3.0), add_special_tokens=False)
     assert made_by_it["input_ids"][0].tolist() == ours
-    assert torch.equal(made_by_it["pixel_values_videos"], preprocess.pixel_values(frames))
+    assert torch.equal(made_by_it["pixel_values_videos"], preprocess.pixel_values(pictures))
 
 
 def test_without_the_extra_the_remedy_is_named(made, monkeypatch):

@@ -86,10 +86,10 @@ def test_a_recording_is_seen_exactly_as_in_its_shard(made):
     for name in recording_ids(made):
         recording = reader.open(name, preprocess.cameras)
         windows = views.plan_views(recording, preprocess, stride=4, max_age_us=100_000).windows
-        for window, canvases in zip(windows, views.window_canvases(recording, preprocess, windows), strict=True):
+        for window, pictures in zip(windows, views.tiled_pictures(recording, preprocess, windows), strict=True):
             row = dataset[seen]
             assert (row["recording"], row["start_us"], row["end_us"]) == (name, window.start_us, window.end_us)
-            assert torch.equal(row["pictures"], torch.from_numpy(canvases))
+            assert torch.equal(row["pictures"], torch.from_numpy(pictures))
             asked = made.recipe.prompt_row(row["pictures"], preprocess, tokenizer, row["start_speed_mps"])
             prompt = int((row["labels"] == -100).sum())
             assert torch.equal(row["input_ids"][:prompt], asked["input_ids"][:prompt])
@@ -103,8 +103,8 @@ def test_overlapping_windows_decode_each_frame_once_and_show_the_same(made):
     recording = open_source("synthetic", made.data / "raw" / "synthetic").open(recording_ids(made)[0])
     windows = views.plan_views(recording, preprocess, stride=1, max_age_us=100_000).windows
     sparse = windows[::4]
-    together = list(views.window_canvases(recording, preprocess, windows))[::4]
-    for one, other in zip(together, views.window_canvases(recording, preprocess, sparse), strict=True):
+    together = list(views.tiled_pictures(recording, preprocess, windows))[::4]
+    for one, other in zip(together, views.tiled_pictures(recording, preprocess, sparse), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
@@ -143,17 +143,17 @@ def test_one_file_is_the_view_of_a_one_camera_model(one_camera, videos, tmp_path
     assert result["failed"] == 0
 
 
-def test_a_mosaic_fills_the_canvas_whatever_its_aspect(made, tmp_path):
+def test_a_mosaic_fills_the_cells_whatever_its_aspect(made, tmp_path):
     path = tmp_path / "mosaic.mp4"
     with path.open("wb") as stream:
         encode_h264(stream, (np.full((64, 64, 3), 30 + 8 * k, np.uint8) for k in range(20)), rate_hz=Fraction(10))
     preprocess = made.run.manifest.preprocess
     recording = video_recording({views.MOSAIC: path})
     windows = views.plan_views(recording, preprocess, stride=4, max_age_us=100_000).windows
-    canvases = next(views.window_canvases(recording, preprocess, windows))
-    assert canvases.shape == (4, preprocess.canvas_height_px, preprocess.canvas_width_px, 3)
-    for instant, canvas in enumerate(canvases):
-        assert np.abs(canvas.astype(int) - (30 + 8 * instant)).max() <= 3
+    pictures = next(views.tiled_pictures(recording, preprocess, windows))
+    assert pictures.shape == preprocess.window_shape == (4, 4, *preprocess.picture_shape)
+    for instant, cells in enumerate(pictures):
+        assert np.abs(cells.astype(int) - (30 + 8 * instant)).max() <= 3
     (clip,) = ask(made, tmp_path / "out", path, tiled=True)["clips"]
     assert clip["windows"] == len(windows) == 5
 
@@ -290,6 +290,7 @@ def test_without_a_run_the_base_model_is_asked_and_says_that_it_is_untrained(vid
     assert omni(words) == 0
     captured = capsys.readouterr()
     assert "warning: no training of ours: tiny:qwen2_5_vl, untrained: " in captured.err
+    assert f"of a mosaic of 2 x 2 cells the model sees, row by row, {', '.join(FOUR)}; the rest" in captured.err
     result = json.loads(captured.out)
     assert (result["model"], result["clips"][0]["windows"]) == ("base model tiny:qwen2_5_vl", 1)
 

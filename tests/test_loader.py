@@ -14,10 +14,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from omni_cli.errors import DataError
+from omni_cli.errors import DataError, OmniError
 from omni_cli.files import commit
 from omni_cli.recipe import BuiltModel
-from omni_cli.samples import stored
 from omni_cli.samples.dataset import ALL, WindowDataset
 from omni_cli.samples.mapped import is_cached
 from omni_cli.samples.shards import frames_path, open_shards, tokens_path, windows_path, write_stream
@@ -27,13 +26,15 @@ from omni_cli.stages.etl import EtlRequest, ensure_sidecar, etl
 from omni_cli.stages.train import make_trainer
 from tests.support.drives import preprocess
 from tests.support.driving import tiny_student, write_drives
+from tests.support.injection import needs_strace, run_traced
 from tests.support.pipeline import QUIET, tiny_recipe, write_synthetic
 from tests.support.shard_sets import write_shard_set
 
-SIZES_PX = ((36, 18), (35, 20), (30, 20), (37, 11), (1, 1), (37, 21), (36, 20))  # of seven cameras, none alike
 LAYOUT = preprocess(
     cameras=tuple(f"camera_{number}" for number in range(7)), columns=3, canvas_width_px=112, canvas_height_px=84
 )
+CELL = LAYOUT.picture_shape
+CELL_BYTES = 37 * 28 * 3
 STORED = 40  # pictures a camera: more than a batch of the file
 
 
@@ -42,13 +43,13 @@ def noise_set(folder, seed, names=("a",), windows=6):
     rng = np.random.default_rng(seed)
     tables, rows = {}, {}
     for name in names:
-        pictures = [[rng.bytes(width * height * 3) for _ in range(STORED)] for width, height in SIZES_PX]
+        pictures = [[rng.bytes(CELL_BYTES) for _ in range(STORED)] for _ in LAYOUT.cameras]
         frames = pa.table(
             [
                 [camera for camera in LAYOUT.cameras for _ in range(STORED)],
                 list(range(STORED)) * 7,
                 list(range(STORED)) * 7,
-                *([size[side] for size in SIZES_PX for _ in range(STORED)] for side in (0, 1)),
+                *([side] * 7 * STORED for side in (37, 28)),
                 [picture for of_camera in pictures for picture in of_camera],
             ],
             schema=FRAMES,
@@ -68,34 +69,19 @@ def batches(frames):
 
 
 def expected(pictures, window):
-    """Each picture in the middle of its cell of 37 x 28 px, in three columns and three rows, black beside it."""
-    canvases = np.zeros((LAYOUT.num_frames, 84, 112, 3), np.uint8)
-    for instant, shown in enumerate(window):
-        for camera, row in enumerate(shown):
-            width, height = SIZES_PX[camera]
-            top, left = camera // 3 * 28 + (28 - height) // 2, camera % 3 * 37 + (37 - width) // 2
-            picture = np.frombuffer(pictures[camera][row], np.uint8).reshape(height, width, 3)
-            canvases[instant, top : top + height, left : left + width] = picture
-    return canvases
+    shown = [[pictures[camera][row] for camera, row in enumerate(instant)] for instant in window]
+    return np.frombuffer(b"".join(b"".join(of) for of in shown), np.uint8).reshape(LAYOUT.num_frames, 7, *CELL).copy()
 
 
-@pytest.mark.parametrize("small_bytes", [0, stored._SMALL_BYTES], ids=["gap by gap", "as a whole"])
 @pytest.mark.parametrize("seed", range(4))
-def test_pictures_lie_where_they_belong_and_all_else_is_black(tmp_path, monkeypatch, seed, small_bytes):
-    monkeypatch.setattr(stored, "_SMALL_BYTES", small_bytes)
-    stored._layout.cache_clear()
+def test_pictures_lie_where_they_belong(tmp_path, seed):
     folder, rows = noise_set(tmp_path, seed)
     dataset = WindowDataset(open_shards(folder), ALL)
-    dirty = [np.full(LAYOUT.window_shape, 255, np.uint8) for _ in range(4)]  # memory that windows are then made in
-    del dirty
-    for index, canvases in enumerate(rows["a"]):
-        assert torch.equal(dataset.pictures(index), torch.from_numpy(canvases))
+    for index, pictures in enumerate(rows["a"]):
+        assert torch.equal(dataset.pictures(index), torch.from_numpy(pictures))
         path, pieces = dataset.pieces(index)
         content = path.read_bytes()
-        num_bytes = sum(piece.stop - piece.start for piece in pieces)
-        assert num_bytes == LAYOUT.num_frames * sum(width * height * 3 for width, height in SIZES_PX)
-        first = np.frombuffer(content[pieces[0].start : pieces[0].start + 36 * 3], np.uint8)
-        assert np.array_equal(canvases[0, 5, :36].ravel(), first)
+        assert b"".join(content[piece] for piece in pieces) == pictures.swapaxes(0, 1).tobytes()  # view by view
 
 
 def test_what_is_returned_is_the_callers_own(tmp_path):
@@ -171,6 +157,30 @@ def test_a_file_that_is_cut_while_it_is_open_is_an_error_and_no_end(tmp_path, re
     told = tmp_path / "told"
     assert in_a_fork(partial(cut_after_opening, folder, READS[read]), told) == 3
     assert re.fullmatch(r"DataError: \S+\.arrow: was cut since it was opened; omni audit .*", told.read_text())
+
+
+def compare(dataset, windows):
+    for index, pictures in enumerate(windows):
+        assert torch.equal(dataset.pictures(index), torch.from_numpy(pictures))
+
+
+def expect_the_reason(dataset):
+    with pytest.raises(OmniError, match=r"frames\.arrow: input/output error; the disk failed"):
+        dataset.pictures(0)
+
+
+@needs_strace
+@pytest.mark.fault("F4")
+def test_what_the_disk_does_not_give_straight_comes_by_way_of_the_map_or_not_at_all(tmp_path):
+    folder, windows = noise_set(tmp_path / "set", 0)
+    dataset = WindowDataset(open_shards(folder), ALL)
+    dataset.row(0)
+    for act, calls in (
+        (partial(compare, dataset, windows["a"]), "preadv,preadv2"),
+        (partial(expect_the_reason, dataset), "preadv,preadv2,pread64,madvise"),
+    ):
+        assert run_traced(act, f"inject={calls}:error=EIO", calls=calls, log=tmp_path / "log") == 0
+        assert "INJECTED" in (tmp_path / "log").read_text()
 
 
 def test_shards_made_anew_under_a_dataset_change_nothing_for_it(tmp_path):

@@ -76,15 +76,14 @@ def test_transformers_loads_the_merge_and_computes_the_adapted_logits(made, merg
     preprocess = made.run.manifest.preprocess
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    shape = (preprocess.num_frames, preprocess.canvas_height_px, preprocess.canvas_width_px, 3)
-    canvases = torch.randint(0, 256, shape, dtype=torch.uint8)
-    row = made.recipe.prompt_row(canvases, preprocess, tokenizer, 7.0)
+    pictures = torch.randint(0, 256, preprocess.window_shape, dtype=torch.uint8)
+    row = made.recipe.prompt_row(pictures, preprocess, tokenizer, 7.0)
     adapted = made.recipe.load(preprocess, made.run.final)
     batch = made.recipe.collate([row], preprocess)
     inputs = {
         "input_ids": batch["input_ids"],
         "position_ids": batch["position_ids"],
-        "pixel_values_videos": preprocess.pixel_values(canvases[None]),
+        "pixel_values_videos": preprocess.pixel_values(pictures[None]),
         "video_grid_thw": torch.tensor([preprocess.grid]),
         "mm_token_type_ids": (batch["input_ids"] == tokenizer.convert_tokens_to_ids("<|video_pad|>")).long() * 2,
     }

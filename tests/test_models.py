@@ -29,12 +29,11 @@ def make_rows(vlm: Vlm, speeds: list[float]) -> list[dict[str, Any]]:
     preprocess = vlm.preprocess()
     targets = [{"start_speed_mps": v, "mean_speed_mps": v, "displacement_m": 0.3 * v} for v in speeds]
     generator = torch.Generator().manual_seed(0)
-    shape = (4, preprocess.canvas_height_px, preprocess.canvas_width_px, 3)
     rows = []
     for row in vlm.encode_windows(pa.Table.from_pylist(targets), preprocess).to_pylist():
         tensors = {name: torch.tensor(values) for name, values in row.items()}
         tensors["position_ids"] = tensors["position_ids"].view(4, -1)
-        pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        pixels = torch.randint(0, 256, preprocess.window_shape, generator=generator, dtype=torch.uint8)
         rows.append({**tensors, "pictures": pixels})
     return rows
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,13 +29,14 @@ def test_patches_equal_the_models_own_processor_bit_for_bit(case: str) -> None:
     assert digest(patches) == GOLDEN[case]["sha256"]
 
 
-def test_preprocess_makes_the_same_patches_from_stored_canvases() -> None:
+def test_preprocess_makes_the_same_patches_from_stored_pictures() -> None:
     preprocess = Vlm(model="tiny:qwen2_5_vl").preprocess()
     shape = (preprocess.num_frames, preprocess.canvas_height_px, preprocess.canvas_width_px)
     frames = seeded_frames(*shape)
-    canvases = frames.permute(0, 2, 3, 1).contiguous()[None].expand(2, -1, -1, -1, -1)
+    cells = np.stack([preprocess.cut(canvas) for canvas in frames.permute(0, 2, 3, 1).numpy()])
+    pictures = torch.from_numpy(cells)[None].expand(2, *preprocess.window_shape)
     expected = patchify(normalise(frames, preprocess.vision), preprocess.vision)
-    assert torch.equal(preprocess.pixel_values(canvases), torch.cat([expected, expected]))
+    assert torch.equal(preprocess.pixel_values(pictures), torch.cat([expected, expected]))
     time, rows, columns = preprocess.grid
     assert preprocess.visual_tokens == time * rows * columns // 4
 

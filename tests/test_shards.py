@@ -3,6 +3,7 @@
 import mmap
 import os
 import pickle
+import re
 from dataclasses import replace
 
 import datasets
@@ -27,7 +28,7 @@ from omni_cli.samples.shards import (
 )
 from omni_cli.samples.tables import EGO_MOTION_COLUMNS
 from omni_cli.samples.windows import ego_motion_tables
-from tests.support.drives import CAMERAS, drive, preprocess, tile
+from tests.support.drives import CAMERAS, drive, preprocess
 from tests.support.shard_sets import write_shard_set
 
 LAYOUT = preprocess()
@@ -80,7 +81,7 @@ def test_a_picture_that_windows_share_is_stored_once(tables):
     assert len(looked_at) > len(set(looked_at)) == len(keys)
 
 
-def test_a_row_is_the_canvas_and_the_numbers_of_its_window(shards, tables):
+def test_a_row_is_the_pictures_and_the_numbers_of_its_window(shards, tables):
     dataset = WindowDataset(open_shards(shards), "val")
     expected = [
         (name, window)
@@ -105,7 +106,7 @@ def test_a_row_is_the_canvas_and_the_numbers_of_its_window(shards, tables):
                 np.frombuffer(frame["pixels"], np.uint8).reshape(frame["height_px"], frame["width_px"], 3)
                 for frame in shown
             ]
-            assert np.array_equal(row["pictures"][instant].numpy(), tile(pictures, LAYOUT))
+            assert np.array_equal(row["pictures"][instant].numpy(), np.stack(pictures))
     with pytest.raises(IndexError, match="of"):
         dataset[len(dataset)]
 
@@ -230,6 +231,16 @@ def test_an_absent_empty_unfinished_or_cut_folder_is_one_line_with_the_command(s
         open_shards(shards)
     manifest.unlink()
     with pytest.raises(DataError, match="unfinished"):
+        open_shards(shards)
+
+
+def test_shards_of_an_older_format_are_refused_with_the_command_that_makes_them_anew(shards):
+    manifest = shards / "manifest.json"
+    older = manifest.read_text().replace('"format": 2', '"format": 1')
+    assert older != manifest.read_text()
+    commit(manifest, lambda stream: stream.write(older.encode()))
+    told = rf"not a manifest of shards of format 2 \(format = 1: .*; make them anew .* --out {re.escape(str(shards))}"
+    with pytest.raises(DataError, match=told):
         open_shards(shards)
 
 

@@ -96,8 +96,10 @@ def test_thirty_hertz_video_and_hundred_hertz_motion_meet_in_time_and_not_in_row
             frame = latest_not_after(times, at_us)
             assert frames[row]["frame_index"] == frame
             assert frames[row]["timestamp_us"] == window["timestamps_us"][place] == times[frame]
-            shown = np.frombuffer(frames[row]["pixels"], dtype=np.uint8)
-            assert abs(shown.mean() - grey_of(frame, camera)) < 3
+            cell = np.frombuffer(frames[row]["pixels"], dtype=np.uint8).reshape(28, 56, 3)  # 64x36 px become 50x28
+            assert abs(cell[:, 3:53].mean() - grey_of(frame, camera)) < 3
+            assert not cell[:, :3].any()
+            assert not cell[:, 53:].any()
 
     # What pairing by row would say of the last window: the motion of other instants, and other frames.
     last = windows[-1]

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -50,8 +51,28 @@ def test_a_fitted_picture_fills_one_side_of_the_cell_and_keeps_its_aspect(width,
     assert abs(fitted[1] - height * scale) <= 1
 
 
+@pytest.mark.parametrize("cameras", [1, 4, 7])
+def test_the_device_puts_canvases_together_as_people_are_shown_them(cameras):
+    layout = preprocess(
+        cameras=CAMERA_SETS["7-cam"][:cameras], columns=min(cameras, 3), canvas_width_px=112, canvas_height_px=84
+    )
+    pictures = np.random.default_rng(0).integers(1, 256, (2, *layout.window_shape), dtype=np.uint8)
+    canvases = layout.canvases(torch.from_numpy(pictures)).numpy()
+    assert canvases.shape == (2, layout.num_frames, *layout.canvas_shape)
+    for window, instants in zip(canvases, pictures, strict=True):
+        for canvas, cells in zip(window, instants, strict=True):
+            np.testing.assert_array_equal(canvas, layout.shown(cells))
+            assert (canvas > 0).sum() == cells.size  # all of them, and black elsewhere
+
+
+def test_a_canvas_is_cut_into_the_cells_that_it_is_put_together_of():
+    layout = preprocess(cameras=CAMERA_SETS["7-cam"], columns=3, canvas_width_px=112, canvas_height_px=84)
+    cells = np.random.default_rng(0).integers(0, 256, layout.window_shape[1:], dtype=np.uint8)
+    np.testing.assert_array_equal(layout.cut(layout.shown(cells)), cells)
+
+
 def test_a_wrong_number_of_pictures_or_one_too_large_is_refused():
-    with pytest.raises(ValueError, match="1 pictures for 4 cameras"):
+    with pytest.raises(ValueError, match="shorter"):
         tile([picture(1, 8, 8)], preprocess())
     with pytest.raises(ValueError, match="57 px does not fit a cell of 56 px"):
         tile([picture(1, 57, 8)] * 4, preprocess())

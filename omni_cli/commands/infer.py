@@ -19,7 +19,10 @@ def command(
         list[str] | None,
         typer.Option("--camera", metavar="NAME=FILE", help="One view of a drive; one for each camera."),
     ] = None,
-    tiled: Annotated[bool, typer.Option("--tiled", help="The files are ready mosaics of all cameras.")] = False,
+    tiled: Annotated[
+        bool,
+        typer.Option("--tiled", help="The files are ready mosaics of all cameras, cell by cell as the model has them."),
+    ] = False,
     run: RunOption = None,
     model: Annotated[
         str | None, typer.Option("--model", metavar="DIR|ID", help="A merged or exported model, or a base on the hub.")

@@ -1,7 +1,7 @@
 """The steps of an openpilot driving model: two model frames an instant, 0.2 s apart, of any calibrated camera."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -55,14 +55,14 @@ class ModelFramePreprocess(Settings):
         return tuple(view.name for view in MODEL_VIEWS)
 
     @property
+    def picture_shape(self) -> tuple[int, ...]:
+        """Shape of a stored picture: (6, 128, 256), planes that are half as wide and high as the model frame."""
+        return PICTURE_SHAPE
+
+    @property
     def window_shape(self) -> tuple[int, ...]:
         """Shape of a window's pictures: (num_frames, 2 views, 6, 128, 256)."""
         return self.num_frames, len(MODEL_VIEWS), *PICTURE_SHAPE
-
-    @property
-    def instant_bytes(self) -> int:
-        """Bytes stored at one instant."""
-        return len(MODEL_VIEWS) * math.prod(PICTURE_SHAPE)
 
     def facts(self) -> dict[str, Any]:
         """Return what a window is, for a dry run."""
@@ -83,14 +83,6 @@ class ModelFramePreprocess(Settings):
             ("window", f"{self.steps} steps at {self.rate_hz:g} Hz"),
             ("teacher", self.teacher),
         ]
-
-    def picture_shape(self, width_px: int, height_px: int) -> tuple[int, ...]:
-        """Return the shape of a stored picture: six planes, each half as wide and high as the model frame."""
-        return 6, height_px // 2, width_px // 2
-
-    def places(self, shapes: Sequence[tuple[int, ...]]) -> tuple[tuple[Any, ...], ...]:
-        """Return where the pictures (6, 128, 256) of the views lie in instants (..., 2, 6, 128, 256)."""
-        return tuple((..., view, slice(None), slice(None), slice(None)) for view in range(len(shapes)))
 
     def shown(self, instant: Uint8Array) -> Uint8Array:
         """Return a picture for people (height, width, 3) of one instant of a window: the views, one below the other."""

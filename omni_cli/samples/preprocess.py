@@ -1,8 +1,8 @@
 """How pictures become model inputs: one frozen object that etl, train, eval, infer and export share.
 
 It is made once, at etl, saved in the shard manifest, and copied from there into every run and export. There is one kind
-for each way of looking; all of them say which views are stored at an instant, what shape a window has, and how the
-stored pictures are put together, so that no stage asks which it is.
+for each way of looking; all of them say which views are stored at an instant and what shape their pictures have, so
+that no stage asks which it is. A window's pictures are (num_frames, views, *picture_shape) of uint8.
 """
 
 from typing import Annotated

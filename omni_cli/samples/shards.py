@@ -12,7 +12,7 @@ batch r // n, so that the batches themselves are the offset index), no metadata,
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 from urllib.parse import quote
 
 import pyarrow as pa
@@ -33,7 +33,7 @@ from omni_cli.samples.preprocess import Preprocess
 from omni_cli.samples.splits import SplitRule
 from omni_cli.samples.tables import FRAMES, Frames, ShardTables
 
-FORMAT = 1
+FORMAT: Literal[2] = 2  # 1: pictures without the bars beside them
 MANIFEST_FILE = "manifest.json"
 WINDOW_ROWS_PER_BATCH = 1024
 _MAX_NAME = 200
@@ -69,7 +69,7 @@ class SkewStats(Settings):
 class Manifest(Settings):
     """What a shard set is: everything that its bytes depend on, and nothing of when or where it was made."""
 
-    format: int = FORMAT
+    format: Literal[2] = FORMAT
     recipe: str
     settings: dict[str, Any]  # the recipe's [sample] and [split] tables
     preprocess: Preprocess
@@ -137,6 +137,7 @@ class ShardSet:
         ]
 
 
+_MAKE_ANEW = "make them anew with the same omni etl, and --out {}"
 _REMAKE = "finish it with the same omni etl, and --out {}"
 DAMAGED_REMEDY = "omni audit tells what else is damaged; make the shards again with omni etl"
 
@@ -273,7 +274,10 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         DataError: it is not one of this format.
     """
-    return read_document(path, Manifest, f"a manifest of shards of format {FORMAT}")
+    try:
+        return read_document(path, Manifest, f"a manifest of shards of format {FORMAT}")
+    except DataError as error:
+        raise DataError(f"{error}; {_MAKE_ANEW.format(path.parent)}") from None
 
 
 def open_shards(folder: Path) -> ShardSet:

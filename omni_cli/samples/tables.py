@@ -17,7 +17,7 @@ FRAMES = pa.schema(
         pa.field("timestamp_us", pa.int64(), nullable=False),  # true time of that frame
         pa.field("width_px", pa.int32(), nullable=False),
         pa.field("height_px", pa.int32(), nullable=False),
-        pa.field("pixels", pa.large_binary(), nullable=False),  # uint8; its shape: see Preprocess
+        pa.field("pixels", pa.large_binary(), nullable=False),  # uint8, Preprocess.picture_shape
     ]
 )
 

@@ -1,14 +1,15 @@
 """Several cameras on one canvas, row by row, aspects kept, cut into the patches of a vision-language model.
 
-Pictures are stored at the size they have on the canvas, one row a camera and instant; the canvas is put together when
-a window is read. What no picture covers is black layout: the bars beside a picture of another aspect, and the last two
-cells of seven cameras in a 3 x 3 grid.
+Pictures are stored as large as their cell of the canvas, one row a camera and instant, the bars beside a picture of
+another aspect with it, so that a window is read in long pieces; the canvas is put together where the model is. What no
+picture covers is black layout: those bars, and the last two cells of seven cameras in a 3 x 3 grid.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from pydantic import model_validator
 from torch import Tensor
@@ -81,14 +82,19 @@ class TiledPreprocess(Settings):
         return self.cameras
 
     @property
-    def window_shape(self) -> tuple[int, ...]:
-        """Shape of a window's pictures: (num_frames, canvas height, canvas width, 3)."""
-        return self.num_frames, self.canvas_height_px, self.canvas_width_px, 3
+    def picture_shape(self) -> tuple[int, ...]:
+        """Shape of a stored picture, which fills a cell: (cell height, cell width, 3), RGB."""
+        return self.cell_height_px, self.cell_width_px, 3
 
     @property
-    def instant_bytes(self) -> int:
-        """Bytes stored at one instant, at most."""
-        return len(self.cameras) * self.cell_width_px * self.cell_height_px * 3
+    def window_shape(self) -> tuple[int, ...]:
+        """Shape of a window's pictures: (num_frames, cameras, cell height, cell width, 3)."""
+        return self.num_frames, len(self.cameras), *self.picture_shape
+
+    @property
+    def canvas_shape(self) -> tuple[int, ...]:
+        """Shape of the canvas of one instant: (height, width, 3)."""
+        return self.canvas_height_px, self.canvas_width_px, 3
 
     @property
     def rows(self) -> int:
@@ -145,59 +151,77 @@ class TiledPreprocess(Settings):
             ("visual tokens of a window", self.visual_tokens),
         ]
 
-    def picture_shape(self, width_px: int, height_px: int) -> tuple[int, ...]:
-        """Return the shape of a stored picture of that size: RGB."""
-        return height_px, width_px, 3
-
     def fit_in_cell(self, width_px: int, height_px: int) -> tuple[int, int]:
         """Return the (width, height) of the largest picture of that aspect which a cell holds."""
         scale = min(self.cell_width_px / width_px, self.cell_height_px / height_px)
         return max(round(width_px * scale), 1), max(round(height_px * scale), 1)
 
-    def places(self, shapes: Sequence[tuple[int, ...]]) -> tuple[tuple[Any, ...], ...]:
-        """Return where pictures lie on canvases (..., height, width, 3), each centred in its cell.
-
-        Args:
-            shapes: (height, width, 3) of the picture of each camera, in the order of the cameras.
+    def in_cell(self, picture: Uint8Array) -> Uint8Array:
+        """Return a picture (height, width, 3) in the middle of a cell (cell height, cell width, 3), black beside it.
 
         Raises:
-            ValueError: there are not as many pictures as cameras, or one is larger than a cell.
+            ValueError: it is larger than a cell.
         """
-        if len(shapes) != len(self.cameras):
-            raise ValueError(f"{len(shapes)} pictures for {len(self.cameras)} cameras")
-        found = []
-        for position, (height, width, _) in enumerate(shapes):
-            row, column = divmod(position, self.columns)
-            top = row * self.cell_height_px + _margin(self.cell_height_px, height)
-            left = column * self.cell_width_px + _margin(self.cell_width_px, width)
-            found.append((..., slice(top, top + height), slice(left, left + width), slice(None)))
-        return tuple(found)
+        if picture.shape == self.picture_shape:
+            return picture
+        cell = np.zeros(self.picture_shape, dtype=np.uint8)
+        height, width, _ = picture.shape
+        cell[_middle(self.cell_height_px, height), _middle(self.cell_width_px, width)] = picture
+        return cell
 
-    def place(self, canvas: Uint8Array, pictures: Sequence[Uint8Array]) -> None:
-        """Draw the pictures of one instant, one a camera, on a black canvas (height, width, 3); raises as `places`."""
-        for place, picture in zip(self.places([one.shape for one in pictures]), pictures, strict=True):
+    def cut(self, canvas: Uint8Array) -> Uint8Array:
+        """Return the cells (cameras, cell height, cell width, 3) of a canvas (height, width, 3) that is ready.
+
+        What lies in no camera's cell is left out: it is black in all that a model was trained on.
+        """
+        return np.stack([canvas[place] for place in self._cells])
+
+    def shown(self, instant: Sequence[Uint8Array]) -> Uint8Array:
+        """Return a picture for people (height, width, 3) of one instant, a cell a camera: the canvas."""
+        canvas = np.zeros(self.canvas_shape, dtype=np.uint8)
+        for place, picture in zip(self._cells, instant, strict=True):
             canvas[place] = picture
+        return canvas
 
-    def shown(self, instant: Uint8Array) -> Uint8Array:
-        """Return a picture for people (height, width, 3) of one instant of a window: the canvas itself."""
-        return instant
+    def canvases(self, pictures: Tensor) -> Tensor:
+        """Put windows together, on the device where they are.
+
+        Args:
+            pictures: (windows, num_frames, cameras, cell height, cell width, 3).
+
+        Returns:
+            (windows, num_frames, height, width, 3), black where no camera has a cell.
+        """
+        canvases = pictures.new_zeros(*pictures.shape[:2], *self.canvas_shape)
+        for camera, place in enumerate(self._cells):
+            canvases[:, :, *place] = pictures[:, :, camera]
+        return canvases
 
     def titles(self) -> list[tuple[int, int, str]]:
         """Return (x, y) in that picture, and the view that begins there."""
-        cells = [divmod(number, self.columns) for number in range(len(self.cameras))]
-        places = [(column * self.cell_width_px, row * self.cell_height_px) for row, column in cells]
-        return [(*place, camera) for place, camera in zip(places, self.cameras, strict=True)]
+        cells = zip(self._cells, self.cameras, strict=True)
+        return [(columns.start, rows.start, camera) for (rows, columns), camera in cells]
 
-    def pixel_values(self, canvases: Tensor) -> Tensor:
-        """Normalise and cut canvases into patches, equal bit for bit to the models' own video processors.
+    @property
+    def _cells(self) -> list[tuple[slice, slice]]:
+        """Rows and columns of the canvas in which each camera lies, row by row."""
+        height, width = self.cell_height_px, self.cell_width_px
+        cells = [divmod(number, self.columns) for number in range(len(self.cameras))]
+        return [
+            (slice(row * height, (row + 1) * height), slice(column * width, (column + 1) * width))
+            for row, column in cells
+        ]
+
+    def pixel_values(self, pictures: Tensor) -> Tensor:
+        """Put canvases together, normalise and cut them into patches, equal bit for bit to the models' own processors.
 
         Args:
-            canvases: (windows, num_frames, height, width, 3) uint8.
+            pictures: (windows, num_frames, cameras, cell height, cell width, 3) uint8.
 
         Returns:
             (windows * time * height * width patches, 3 * temporal_patch * patch_px ** 2) float32, on the same device.
         """
-        frames = canvases.permute(0, 1, 4, 2, 3)
+        frames = self.canvases(pictures).permute(0, 1, 4, 2, 3)
         return torch.cat([patchify(normalise(window, self.vision), self.vision) for window in frames])
 
 
@@ -249,7 +273,8 @@ def fit_canvas(width_px: int, aspect: float, vision: VisionGrid) -> tuple[int, i
     return width, max(round(width / aspect / multiple), 1) * multiple
 
 
-def _margin(cell_px: int, picture_px: int) -> int:
+def _middle(cell_px: int, picture_px: int) -> slice:
     if picture_px > cell_px:
         raise ValueError(f"a picture of {picture_px} px does not fit a cell of {cell_px} px")
-    return (cell_px - picture_px) // 2
+    start = (cell_px - picture_px) // 2
+    return slice(start, start + picture_px)

@@ -11,10 +11,11 @@ import numpy as np
 
 from omni_cli.errors import DataError
 from omni_cli.formats.video import Uint8Array
+from omni_cli.samples.camera_frames import camera_frames
 from omni_cli.samples.labels import ego_motion_columns
 from omni_cli.samples.sync import PlannedWindow, WindowPlan
 from omni_cli.samples.tiling import TiledPreprocess
-from omni_cli.samples.windows import camera_streams, decode_camera, plan_cameras
+from omni_cli.samples.windows import camera_streams, decode_cells, plan_cameras
 from omni_cli.scene.clock import Int64Array
 from omni_cli.scene.recording import CameraStream, Recording
 
@@ -58,10 +59,10 @@ def known_motion(recording: Recording, windows: Sequence[PlannedWindow]) -> list
     return [{name: float(values[row]) for name, values in columns.items()} for row in range(len(windows))]
 
 
-def window_canvases(
+def tiled_pictures(
     recording: Recording, preprocess: TiledPreprocess, windows: Sequence[PlannedWindow]
 ) -> Iterator[Uint8Array]:
-    """Yield the canvases (num_frames, height, width, 3) of each window, in order.
+    """Yield the pictures (num_frames, cameras, cell height, cell width, 3) of each window, in order.
 
     Args:
         recording: with the cameras of `preprocess`, or with a mosaic.
@@ -78,16 +79,13 @@ def window_canvases(
         for camera, stream in enumerate(streams.values())
     ]
     for window in windows:
-        canvases = np.zeros(preprocess.window_shape, dtype=np.uint8)
         for reader, first in zip(readers, window.frame_index[0], strict=True):
             reader.forget_before(int(first))
-        for canvas, frames in zip(canvases, window.frame_index, strict=True):
-            pictures = [reader.picture(int(frame)) for reader, frame in zip(readers, frames, strict=True)]
-            if MOSAIC in streams:
-                canvas[:] = pictures[0]
-            else:
-                preprocess.place(canvas, pictures)
-        yield canvases
+        yield np.stack([_instant(readers, frames) for frames in window.frame_index.tolist()])
+
+
+def _instant(readers: Sequence["_Reader"], frames: Sequence[int]) -> Uint8Array:
+    return np.concatenate([reader.cells(frame) for reader, frame in zip(readers, frames, strict=True)])
 
 
 def _cameras(recording: Recording, preprocess: TiledPreprocess) -> tuple[str, ...]:
@@ -95,23 +93,26 @@ def _cameras(recording: Recording, preprocess: TiledPreprocess) -> tuple[str, ..
 
 
 def _reader(recording_id: str, stream: CameraStream, frames: Int64Array, preprocess: TiledPreprocess) -> "_Reader":
-    name, is_mosaic = f"{recording_id} {stream.name}", stream.name == MOSAIC
-    _, _, decoded = decode_camera(name, stream, frames, preprocess, is_mosaic=is_mosaic)
-    return _Reader(decoded)
+    camera = camera_frames(f"{recording_id} {stream.name}", stream)
+    if stream.name != MOSAIC:
+        return _Reader((index, cell[None]) for index, cell in decode_cells(camera, frames, preprocess))
+    height, width, _ = preprocess.canvas_shape
+    canvases = camera.decode(frames.tolist(), width_px=width, height_px=height, decoder=preprocess.decoder)
+    return _Reader((index, preprocess.cut(canvas)) for index, canvas in canvases)
 
 
 @dataclass
 class _Reader:
-    """Pictures of one camera by frame, kept from when they are decoded until they are forgotten."""
+    """The cells that each frame of a video fills, kept from when it is decoded until it is forgotten."""
 
     decoded: Iterator[tuple[int, Uint8Array]]
     kept: dict[int, Uint8Array] = field(default_factory=dict)
 
-    def picture(self, frame: int) -> Uint8Array:
+    def cells(self, frame: int) -> Uint8Array:
         while frame not in self.kept:
-            index, picture = next(self.decoded)
-            self.kept[index] = picture
+            index, cells = next(self.decoded)
+            self.kept[index] = cells
         return self.kept[frame]
 
     def forget_before(self, frame: int) -> None:
-        self.kept = {index: picture for index, picture in self.kept.items() if index >= frame}
+        self.kept = {index: cells for index, cells in self.kept.items() if index >= frame}

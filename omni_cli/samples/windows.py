@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pyarrow as pa
 
 from omni_cli.errors import DataError
 from omni_cli.formats.video import Uint8Array
-from omni_cli.samples.camera_frames import camera_frames
+from omni_cli.samples.camera_frames import CameraFrames, camera_frames
 from omni_cli.samples.frame_batches import StoredViews, frame_batches, row_of_view
 from omni_cli.samples.labels import ego_motion_columns, motion_timestamps_us
 from omni_cli.samples.preprocess import Preprocess
@@ -286,37 +287,27 @@ def frame_rows(windows: Sequence[PlannedWindow], stored: Sequence[StoredViews]) 
 
 def _stored(name: str, stream: CameraStream, frames: Int64Array, preprocess: TiledPreprocess) -> StoredViews:
     camera = camera_frames(name, stream)
-    width, height = preprocess.fit_in_cell(*camera.size_px)
 
     def decode() -> Iterator[tuple[Uint8Array]]:
-        decoded = camera.decode(frames.tolist(), width_px=width, height_px=height, decoder=preprocess.decoder)
-        return ((picture,) for _, picture in decoded)
+        return ((cell,) for _, cell in decode_cells(camera, frames, preprocess))
 
-    times_us, size = stream.timestamp_us[frames], width * height * 3
-    return StoredViews((stream.name,), frames, times_us, (width, height), size, decode)
+    size_px, size = (preprocess.cell_width_px, preprocess.cell_height_px), prod(preprocess.picture_shape)
+    return StoredViews((stream.name,), frames, stream.timestamp_us[frames], size_px, size, decode)
 
 
-def decode_camera(
-    name: str, stream: CameraStream, frames: Int64Array, preprocess: TiledPreprocess, *, is_mosaic: bool = False
-) -> tuple[int, int, Iterator[tuple[int, Uint8Array]]]:
-    """Decode frames of one camera at the size that they have on the canvas.
+def decode_cells(
+    camera: CameraFrames, frames: Int64Array, preprocess: TiledPreprocess
+) -> Iterator[tuple[int, Uint8Array]]:
+    """Yield (index, cell (cell height, cell width, 3)) of frames of one camera.
 
     Args:
-        name: what to call the video in an error.
-        stream: the camera.
+        camera: whose frames.
         frames: indices, ascending and unique.
         preprocess: canvas and decoder.
-        is_mosaic: every frame is a whole canvas already, of any size.
-
-    Returns:
-        Width and height of the pictures, and (index, picture) one after the other.
 
     Raises:
-        DataError: the video is damaged, or is not as long as its timestamps.
+        DataError: a video is damaged.
     """
-    camera = camera_frames(name, stream)
-    width, height = preprocess.canvas_width_px, preprocess.canvas_height_px
-    if not is_mosaic:
-        width, height = preprocess.fit_in_cell(*camera.size_px)
+    width, height = preprocess.fit_in_cell(*camera.size_px)
     decoded = camera.decode(frames.tolist(), width_px=width, height_px=height, decoder=preprocess.decoder)
-    return width, height, decoded
+    return ((index, preprocess.in_cell(picture)) for index, picture in decoded)

@@ -49,7 +49,7 @@ def run_bytes(size: ModelSize, tuning: str, settings: TrainSettings, steps: int 
 
 
 def free_bytes(folder: Path) -> int:
-    """Return what a folder may hold: what is free there, and what it holds now, which goes as the new comes."""
+    """Return what a folder may hold: what is free there, and what it holds now: the old goes as the new comes."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     state = os.statvfs(existing)
     held = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())

@@ -73,14 +73,17 @@ def evaluate(recipe: Any, run: runs.Run, request: EvalRequest, console: Console)
         DataError: there is nothing to measure on, it was trained on, or the base is not the adapter's.
         OmniError: another process is training or measuring this run, or is taking the shards away.
     """
-    own = _own_shards(run)
+    own = _own_shards(run, are_needed=request.shards is None)
     shards = open_shards(request.shards) if request.shards else own
     if shards is None:
         raise DataError(f"the shards of run {run.name} are gone or were made anew; name others with --shards")
     check_fit(recipe, shards, run.manifest.profile, is_to_measure=True)
     _say_filters(run, shards, console)
     split = request.split or ("val" if _is_own(run, shards) else "all")
-    twin_learns_from = own if request.blind and not recipe.train.blind else None
+    wants_twin = request.blind and not recipe.train.blind
+    if wants_twin and own is None:
+        console.warn("no twin trained blind: the shards that the run learned from are gone or were made anew")
+    twin_learns_from = own if wants_twin else None
     facts = _facts(run, shards, split, blind=twin_learns_from is not None)
     folder = run.folder / EVAL
     learned_from = own or shards
@@ -122,10 +125,19 @@ def _say_filters(run: runs.Run, shards: ShardSet, console: Console) -> None:
             console.say(f"measuring with {name} {here}, as shards {shards.folder} are; the run learned with {there}")
 
 
-def _own_shards(run: runs.Run) -> ShardSet | None:
-    """Return the shards that a run learned from, if they are still there and still those."""
+def _own_shards(run: runs.Run, *, are_needed: bool) -> ShardSet | None:
+    """Return the shards that a run learned from, if they are still there and still those.
+
+    Raises:
+        DataError: they are damaged or of an older format, and needed.
+    """
     folder = Path(run.manifest.shards.folder)
-    shards = open_shards(folder) if folder.is_dir() else None
+    try:
+        shards = open_shards(folder) if folder.is_dir() else None
+    except DataError:
+        if are_needed:
+            raise
+        return None
     return shards if shards and _is_own(run, shards) else None
 
 

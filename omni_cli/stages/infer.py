@@ -14,6 +14,7 @@ from omni_cli.report import Console
 from omni_cli.samples import views
 from omni_cli.samples.preprocess import Preprocess
 from omni_cli.samples.shards import safe_name
+from omni_cli.samples.tiling import TiledPreprocess
 from omni_cli.scene.recording import Recording
 from omni_cli.stages import runs
 from omni_cli.stages.clips import Clip, find_clips
@@ -95,6 +96,8 @@ def infer(recipe: Any, subject: Subject, request: InferRequest, console: Console
     _check_askable(recipe, request)
     clips = find_clips(subject.preprocess, request.clips, request.cameras or {}, request.data, tiled=request.tiled)
     asker = Asker(inferable, _load(inferable, subject, request, console), subject.preprocess, request, console)
+    if request.tiled:
+        console.say(_cells(subject.preprocess))
     done, failures = [], {}
     for clip in clips:
         try:
@@ -177,6 +180,12 @@ def _check_askable(recipe: Any, request: InferRequest) -> None:
     if recipe.instead_of_videos and given:
         expected = f"give it {recipe.instead_of_videos}"
         raise UsageError(f"{given[0]}: recipe {recipe.name} takes no plain videos; {expected}")
+
+
+def _cells(preprocess: Preprocess) -> str:
+    assert isinstance(preprocess, TiledPreprocess)  # others take no plain videos
+    cells, cameras = f"{preprocess.rows} x {preprocess.columns} cells", ", ".join(preprocess.cameras)
+    return f"of a mosaic of {cells} the model sees, row by row, {cameras}; the rest is black to it"
 
 
 def _load(recipe: Inferable, subject: Subject, request: InferRequest, console: Console) -> BuiltModel:

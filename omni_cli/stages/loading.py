@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from omni_cli.errors import OmniError
+from omni_cli.models.host_memory import keep_freed_blocks
 from omni_cli.stages.worker import GROUP_SIGNALS
 
 _FROM_WORKER = re.compile(r"Caught \w+ in DataLoader worker process \d+\.\n")
@@ -33,6 +34,7 @@ class Patient:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_PATIENCE_S))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, GROUP_SIGNALS)
+        keep_freed_blocks()
         if self.first is not None:
             self.first(worker_id)
 

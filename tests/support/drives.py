@@ -39,9 +39,7 @@ def preprocess(**changes) -> TiledPreprocess:
 
 def tile(pictures: Sequence[np.ndarray], layout: TiledPreprocess) -> np.ndarray:
     """The canvas of one instant."""
-    canvas = np.zeros(layout.window_shape[1:], dtype=np.uint8)
-    layout.place(canvas, pictures)
-    return canvas
+    return layout.shown([layout.in_cell(picture) for picture in pictures])
 
 
 def circle(seconds: float, *, speed_mps: float, yaw_rate: float, start_us: int = 0, hz: int = 100) -> EgoMotion:

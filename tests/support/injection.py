@@ -27,7 +27,9 @@ REFUSED, CRASHED = 3, 70
 CALLS = "openat,write,pwrite64,fsync,fdatasync,rename,renameat,unlink,unlinkat,close,read,fstat,newfstatat,lseek,mkdir"
 
 
-def run_traced(act: Callable[[], object], *rules: str, log: Path | None = None, only: Path | None = None) -> int:
+def run_traced(
+    act: Callable[[], object], *rules: str, log: Path | None = None, only: Path | None = None, calls: str = CALLS
+) -> int:
     """Run `act` in a fork under strace; return its exit code (negative: the signal that killed it).
 
     Args:
@@ -35,12 +37,13 @@ def run_traced(act: Callable[[], object], *rules: str, log: Path | None = None, 
         rules: of strace, such as `inject=fsync:error=EIO:when=3`.
         log: where the calls are listed.
         only: the file whose calls alone are counted; None: of every file.
+        calls: that are seen; a rule for any other has no effect.
     """
     pid = os.fork()
     if pid == 0:
         os._exit(_child(act))
     os.waitpid(pid, os.WUNTRACED)
-    command = ["strace", "-f", "-qqq", "-o", str(log or os.devnull), "-p", str(pid), "-e", f"trace={CALLS}"]
+    command = ["strace", "-f", "-qqq", "-o", str(log or os.devnull), "-p", str(pid), "-e", f"trace={calls}"]
     command += ["-P", str(only)] if only else []
     with subprocess.Popen([*command, *(part for rule in rules for part in ("-e", rule))]) as tracer:
         while f"TracerPid:\t{tracer.pid}\n" not in Path(f"/proc/{pid}/status").read_text():

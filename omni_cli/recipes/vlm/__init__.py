@@ -150,7 +150,7 @@ class Vlm(Settings):
         return batch_vision(qwen_vl.load_model(source or self.model, dtype, self.quantization))
 
     def collate(self, rows: Sequence[Row], preprocess: TiledPreprocess) -> Batch:
-        """Stack rows, padded on the right; pictures stay uint8 (n, frames, height, width, 3)."""
+        """Stack rows, padded on the right; pictures stay uint8 (n, frames, cameras, height, width, 3)."""
         ids = [row["input_ids"] for row in rows]
         pad = 0  # masked by attention_mask and labels: any id would do
         return {
@@ -246,7 +246,7 @@ class Vlm(Settings):
         """Return a row whose answer is a placeholder, for a window that no shard holds.
 
         Args:
-            pictures: (num_frames, height, width, 3) uint8.
+            pictures: (num_frames, cameras, cell height, cell width, 3) uint8.
             preprocess: how the window was made.
             tokenizer: of the model.
             start_speed_mps: forward speed at the first instant; told only where `preprocess.past_speed` says so.

@@ -40,7 +40,7 @@ def questions(
         )
     motion = views.known_motion(recording, plan.windows)
     truth = tell_truth(recording, plan.windows, motion)
-    asked = _asked(views.window_canvases(recording, preprocess, plan.windows), plan.windows, motion, truth, make_row)
+    asked = _asked(views.tiled_pictures(recording, preprocess, plan.windows), plan.windows, motion, truth, make_row)
     return Questions(len(plan.windows), asked, plan.dropped)
 
 
@@ -51,6 +51,6 @@ def _asked(
     truth: Sequence[Mapping[str, Any]],
     make_row: RowMaker,
 ) -> Iterator[Asked]:
-    for window, canvases, known, told in zip(windows, pictures, motion, truth, strict=True):
-        row = make_row(pictures=torch.from_numpy(canvases), start_speed_mps=known.get("start_speed_mps", 0.0))
+    for window, shown, known, told in zip(windows, pictures, motion, truth, strict=True):
+        row = make_row(pictures=torch.from_numpy(shown), start_speed_mps=known.get("start_speed_mps", 0.0))
         yield Asked(window, row, told)

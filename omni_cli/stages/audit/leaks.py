@@ -59,10 +59,20 @@ def _are_apart(one: RecordingEntry, other: RecordingEntry) -> bool:
 def _hashes(shards: ShardSet, entry: RecordingEntry) -> tuple[int, ...]:
     """Hash pictures of the first view at fixed shares of a recording."""
     stored = StoredRecording(shards, entry, None, None, verify=False)
-    return picture_hashes(np.stack([_thumb(picture) for picture in stored.first_view(HASHED_AT)]))
+    pictures = np.stack(stored.first_view(HASHED_AT))
+    luma = pictures.mean(axis=-1 if pictures.shape[-1] == 3 else 1)  # RGB, or the six planes of a driving model's YUV
+    return picture_hashes(np.stack([_thumb(picture) for picture in _without_bars(luma)]))
 
 
-def _thumb(picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    luma = picture.mean(axis=2 if picture.shape[-1] == 3 else 0)  # RGB, or the six planes of a driving model's YUV
+def _without_bars(luma: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Cut off what is black at the edges of all pictures (n, height, width): unlike drives would look alike by it."""
+    is_lit = luma.max(axis=0) > 0
+    if not is_lit.any():
+        return luma
+    (top, bottom), (left, right) = (np.flatnonzero(is_lit.any(axis=axis))[[0, -1]] for axis in (1, 0))
+    return luma[:, top : bottom + 1, left : right + 1]
+
+
+def _thumb(luma: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
     small = Image.fromarray(luma.astype(np.uint8)).resize((THUMB_WIDTH_PX, THUMB_HEIGHT_PX), Image.Resampling.BOX)
     return np.asarray(small)

@@ -39,9 +39,8 @@ def write_windows(recording: Recording, preprocess: TiledPreprocess, windows: pa
     wanted = [np.unique(np.concatenate([window[:, camera] for window in index])) for camera in range(count)]
     pictures = [_pictures(*of, preprocess) for of in zip(streams, wanted, strict=True)]
     for number, window in enumerate(index):
-        canvases = np.zeros(preprocess.window_shape, dtype=np.uint8)
-        for canvas, frames in zip(canvases, window.tolist(), strict=True):
-            preprocess.place(canvas, [of[frame] for of, frame in zip(pictures, frames, strict=True)])
+        instants = [[of[frame] for of, frame in zip(pictures, frames, strict=True)] for frames in window.tolist()]
+        canvases = np.stack([preprocess.shown([*map(preprocess.in_cell, seen)]) for seen in instants])
         commit(folder / f"{number}.npy", partial(np.save, arr=canvases))
 
 

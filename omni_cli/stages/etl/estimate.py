@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def estimate(job: Job, units: Sequence[Unit], most_opened: int = _OPENED) -> Est
         float(np.mean(values)) for values in zip(*((s.seconds, s.instants) for s in opened), strict=True)
     )
     slow_hz = {name: rate for found in opened for name, rate in found.slow_hz.items()}
-    stored = len(units) * instants * job.preprocess.instant_bytes
+    stored = len(units) * instants * prod(job.preprocess.window_shape[1:])
     windows: dict[str, int] = {split: _expected(opened, units, split) for split in SPLITS}
     peak = max(found.worker_bytes for found in opened)
     why_none = next((found.why_none for found in opened if found.why_none), "")

@@ -1,5 +1,6 @@
 """How much memory a worker may have: its share of the machine, so that all of them together never exhaust it."""
 
+from math import prod
 from pathlib import Path
 
 import psutil
@@ -55,5 +56,5 @@ def peak_bytes(recording: Recording, preprocess: Preprocess) -> int:
     streams = [recording.cameras[name] for name in preprocess.cameras]
     sizes = [camera_frames(f"{recording.id} {stream.name}", stream).size_px for stream in streams]
     frame_bytes = max(width * height for width, height in sizes) * 3 // 2
-    picture_bytes = preprocess.instant_bytes // len(preprocess.views)
+    picture_bytes = prod(preprocess.picture_shape)
     return _LIBRARY_BYTES + _DECODER_FRAMES * frame_bytes + 2 * FRAME_ROWS_PER_BATCH * picture_bytes
