@@ -2,7 +2,7 @@
 
 import os
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 SCHEMA_VERSION = 1  # of the JSON document that ends the stdout of `--json`
 
 # TRL's trainers would tell the hub of every training; huggingface_hub reads this when it is imported.

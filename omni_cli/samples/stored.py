@@ -74,12 +74,11 @@ class StoredRecording:
         return {"recording": self._id, **self._scalars[row], **lists, **tokens}
 
     def pictures(self, position: int) -> Uint8Array:
-        """Return the pictures of a window in its window shape."""
-        window, runs = np.empty(self._window_shape, dtype=np.uint8), enumerate(self._runs(position))
-        self._pictures.file.read(
-            [(where, window[instants, view]) for view, of_view in runs for instants, where in of_view]
-        )
-        return window
+        """Return the pictures of a window in its window shape; in memory as in the file, view after view."""
+        instants, views, *shape = self._window_shape
+        window, runs = np.empty((views, instants, *shape), dtype=np.uint8), enumerate(self._runs(position))
+        self._pictures.file.read([(where, window[view, part]) for view, of_view in runs for part, where in of_view])
+        return window.swapaxes(0, 1)
 
     def pieces(self, position: int) -> tuple[Path, list[slice]]:
         """Return the file of the pictures of a window, and the bytes of it that hold them."""
