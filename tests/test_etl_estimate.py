@@ -47,7 +47,7 @@ def test_windows_are_counted_as_etl_makes_them(data, tmp_path, labels, rule):
     for split, count in made["windows"].items():  # all eight were opened
         assert foreseen["windows_by_split"][split] == pytest.approx(count, abs=1)
     assert foreseen["windows"] == pytest.approx(sum(made["windows"].values()), abs=1)
-    assert frames_bytes <= foreseen["stored_bytes"] <= 1.25 * frames_bytes  # pictures of 16:9 in cells of 4:3
+    assert 0.97 * frames_bytes <= foreseen["stored_bytes"] <= frames_bytes  # all but the heads of so small pictures
 
 
 @pytest.mark.parametrize("labels", ["ego-motion", "waypoints", "reasoning"])

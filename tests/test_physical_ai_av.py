@@ -15,7 +15,7 @@ from omni_cli.errors import DataError
 from omni_cli.formats import physical_ai_av as layout
 from omni_cli.formats.video import decode, probe
 from omni_cli.samples.camera_frames import camera_frames
-from omni_cli.samples.windows import decode_camera
+from omni_cli.samples.windows import decode_cells
 from omni_cli.scene.clock import latest_at
 from omni_cli.scene.recording import CameraStream
 from omni_cli.sources import open_source
@@ -380,13 +380,13 @@ def test_frames_that_an_edit_list_hides_are_no_frames(copy):
     preprocess = drives.preprocess(cameras=(FRONT,), columns=1)
     whole = PhysicalAiAv(copy).open(CLIPS[0]).cameras[FRONT]
     num_frames = len(whole.timestamp_us)
-    expected = list(decode_camera("whole", whole, np.arange(num_frames), preprocess)[2])
+    expected = list(decode_cells(camera_frames("whole", whole), np.arange(num_frames), preprocess))
     rewrite(chunk_file(copy, FRONT), lambda members: members.update({member: starting_later(members[member], 10)}))
     cut = PhysicalAiAv(copy).open(CLIPS[0]).cameras[FRONT]
     with pytest.raises(DataError, match=f"cut: {num_frames - 10} frames for {num_frames} timestamps; fetch it again"):
-        decode_camera("cut", cut, np.arange(num_frames), preprocess)
-    shown = CameraStream(FRONT, cut.videos, whole.timestamp_us[10:])
-    _, _, decoded = decode_camera("cut", shown, np.arange(num_frames - 10), preprocess)
+        camera_frames("cut", cut)
+    shown = camera_frames("cut", CameraStream(FRONT, cut.videos, whole.timestamp_us[10:]))
+    decoded = decode_cells(shown, np.arange(num_frames - 10), preprocess)
     for (_, picture), (_, true) in zip(decoded, expected[10:], strict=True):
         np.testing.assert_array_equal(picture, true)
 
