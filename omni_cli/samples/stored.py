@@ -89,8 +89,9 @@ class StoredRecording:
         return self._pictures.of_first_view(shares)
 
     def token_lengths(self) -> list[int]:
-        """Return the number of tokens of each window."""
-        return [self._tokens.length(row) for row in self._rows] if self._tokens else []
+        """Return the number of tokens of each window, of a recording that was opened with its tokens."""
+        assert self._tokens is not None
+        return [self._tokens.length(row) for row in self._rows]
 
     def _runs(self, position: int) -> list[list[_Run]]:
         return self._pictures.runs(self._rows[position])
