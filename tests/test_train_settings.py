@@ -14,7 +14,7 @@ from omni_cli.errors import UsageError
 from omni_cli.report import Console
 from omni_cli.stages import runs
 from omni_cli.stages.train import TrainRequest, train
-from omni_cli.stages.trainer import trainer_arguments
+from omni_cli.stages.train.trainer import trainer_arguments
 from omni_cli.telemetry import installed_version
 from tests.support.pipeline import QUIET, make_run, tiny_recipe, write_synthetic
 

@@ -13,7 +13,7 @@ from omni_cli.stages.bench.inputs import Inputs
 from omni_cli.stages.bench.timing import Line, Part, Timing, synchronise
 from omni_cli.stages.etl import ensure_sidecar
 from omni_cli.stages.train import make_trainer
-from omni_cli.stages.trainer import TrueLoss
+from omni_cli.stages.train.trainer import TrueLoss
 
 _WARMUPS = 2
 _PHASES = ("forward", "backward", "optimiser")  # the last with clipping and zeroing the gradients
