@@ -32,7 +32,9 @@ class LinearPatchEmbed(nn.Module):
 
 
 def batch_vision(model: Any) -> Any:
-    """Let a Qwen-VL model's tower work in batches; returns the model."""
+    """Let a Qwen-VL model's tower work in batches, as others do by themselves; returns the model."""
+    if not hasattr(model.model, "visual"):
+        return model
     visual = model.model.visual
     visual.patch_embed = LinearPatchEmbed(visual.patch_embed.proj)
     set_attention(visual, BATCHED)

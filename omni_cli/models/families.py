@@ -4,7 +4,7 @@ The shapes come from the `config.json` that each model's hub repository publishe
 and tokens without a network; a real run reads the configuration that comes with the weights.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,25 @@ class VisionFamily:
     std: tuple[float, float, float]
     merge: int = 2
     temporal_patch: int = 2
+    reads_frames: bool = False  # whole, of one size; the others read patches of any canvas
+    closing_tokens: int = 0  # after the last frame of a video
 
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_HALF = (0.5, 0.5, 0.5)
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
 FAMILIES = {
     "qwen2_5_vl": VisionFamily("qwen2_5_vl", 14, _CLIP_MEAN, _CLIP_STD),
-    "qwen3_vl": VisionFamily("qwen3_vl", 16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "qwen3_vl": VisionFamily("qwen3_vl", 16, _HALF, _HALF),
+    # SigLIP's pixels; a learned new line ends a video (transformers `LlavaOnevisionModel.get_video_features`).
+    "llava_onevision": VisionFamily(
+        "llava_onevision", 14, _HALF, _HALF, temporal_patch=1, reads_frames=True, closing_tokens=1
+    ),
+    "internvl": VisionFamily("internvl", 14, _IMAGENET_MEAN, _IMAGENET_STD, temporal_patch=1, reads_frames=True),
 }
+TINY_SIDE_PX = 112  # of the frames that a tiny model of such a family reads
 
 _SPECIAL_IDS = {"vision_start_token_id": 151652, "vision_end_token_id": 151653}
 _QWEN2_5_VISION = {
@@ -103,6 +114,11 @@ def is_path(model: str) -> bool:
     return model.startswith((".", "/", "~")) or model.count("/") > 1 or model.endswith("/")
 
 
+def is_local(model: str) -> bool:
+    """Say whether a model is built here or lies here: its name means nothing elsewhere."""
+    return is_tiny(model) or is_path(model) or Path(model).is_dir()
+
+
 def family_of(model: str) -> VisionFamily:
     """Return the family of a `tiny:FAMILY`, a published id, a local folder, or any other hub id.
 
@@ -113,6 +129,31 @@ def family_of(model: str) -> VisionFamily:
     if name not in FAMILIES:
         raise UsageError(f"model {model}: family {name!r} is not supported; choose one of {', '.join(FAMILIES)}")
     return FAMILIES[name]
+
+
+def side_px(model: str) -> int | None:
+    """Return the side of the square frames that a model reads; None where it reads patches of any canvas.
+
+    Raises:
+        UsageError: they are no squares, or are not cut into its family's patches.
+    """
+    family = family_of(model)
+    if not family.reads_frames:
+        return None
+    if is_tiny(model):
+        return TINY_SIDE_PX
+    vision = model_config(model).vision_config
+    sides, patches = ({*_pair(size)} for size in (vision.image_size, vision.patch_size))
+    if len(sides) > 1 or patches != {family.patch_px}:
+        raise UsageError(
+            f"model {model}: its frames are {sorted(sides)} px in patches of {sorted(patches)}; omni knows "
+            f"{family.name} with squares in patches of {family.patch_px}"
+        )
+    return int(sides.pop())
+
+
+def _pair(size: int | Sequence[int]) -> Sequence[int]:
+    return (size, size) if isinstance(size, int) else size
 
 
 def model_config(model: str) -> PreTrainedConfig:
@@ -136,5 +177,13 @@ def model_config(model: str) -> PreTrainedConfig:
 
 
 def hub_arguments(model: str) -> dict[str, Any]:
-    """Return what `from_pretrained` needs beyond the name: nothing is ever executed from a repository."""
-    return {"pretrained_model_name_or_path": model, "trust_remote_code": False}
+    """Return what `from_pretrained` needs: name, revision; nothing is ever executed from a repository."""
+    name, revision = split_revision(model)
+    asked = {"revision": revision} if revision else {}
+    return {"pretrained_model_name_or_path": name, "trust_remote_code": False, **asked}
+
+
+def split_revision(model: str) -> tuple[str, str | None]:
+    """Return the name and the revision (a branch, tag or commit) of a hub id such as `ORGANISATION/NAME@REVISION`."""
+    name, at, revision = model.partition("@")
+    return (name, revision) if at and not is_path(name) and not Path(model).is_dir() else (model, None)

@@ -47,6 +47,18 @@ def rope_ids(
     return torch.cat([torch.arange(len(input_ids))[None], torch.cat(pieces, dim=1)])
 
 
+def text_ids(input_ids: Sequence[int], *, video_token: int, video_tokens: int) -> Tensor:
+    """Return positions (4, length) of a model with one-dimensional rope ids: four times the text positions.
+
+    Raises:
+        ValueError: the placeholders are not as many as the tokens of the video.
+    """
+    found = sum(token == video_token for token in input_ids)
+    if found != video_tokens:
+        raise ValueError(f"{found} video tokens, the window has {video_tokens}")
+    return torch.arange(len(input_ids)).expand(4, -1)
+
+
 def _video_ids(length: int, height: int, width: int, time_step: float) -> Tensor:
     grids = length // (height * width)
     time = (torch.arange(grids) * time_step).long().view(-1, 1, 1).expand(-1, height, width)

@@ -5,20 +5,24 @@ parameters learn ego speed from pictures in a few minutes of two CPU cores.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoModelForImageTextToText,
+    InternVLConfig,
+    LlavaOnevisionConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
 )
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+from omni_cli.models.families import TINY_SIDE_PX
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -30,8 +34,12 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
+_MORE_TOKENS = {
+    "llava_onevision": ("<image>", "<video>"),
+    "internvl": ("<img>", "</img>", "<IMG_CONTEXT>", "<video>"),
+}
 _HIDDEN, _HEADS, _KV_HEADS, _INNER, _LAYERS = 128, 4, 2, 384, 2
-_VISION_DEPTH, _VISION_INNER = 3, 256
+_VISION_DEPTH, _VISION_INNER, _SQUARE_PATCH_PX = 3, 256, 14
 # The library's 0.02 suits widths of thousands. Here signals would fade layer by layer, and what the pictures show would
 # be found only after 700 steps of the demo instead of 350 (measured).
 _INITIAL_STD = _HIDDEN**-0.5
@@ -39,8 +47,8 @@ _MROPE = [4, 6, 6]  # sums to half of a head's 32 dimensions
 TOKENS_PER_SECOND = 10  # two-frame grids at 10 Hz get time ids 0, 2, 4: none coincide, as they would at Qwen's 2
 
 
-def tiny_tokenizer(texts: Sequence[str]) -> Qwen2Tokenizer:
-    """Train a byte-level BPE on the recipe's own sentences, with Qwen's pre-tokenizer and special tokens."""
+def tiny_tokenizer(texts: Sequence[str], family: str = "qwen2_5_vl") -> Qwen2Tokenizer:
+    """Train a byte-level BPE on the recipe's own sentences, with Qwen's pre-tokenizer and a family's special tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -62,22 +70,27 @@ def tiny_tokenizer(texts: Sequence[str]) -> Qwen2Tokenizer:
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
     )
-    result.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    result.add_tokens(
+        [
+            AddedToken(token, special=True, normalized=False)
+            for token in (*SPECIAL_TOKENS, *_MORE_TOKENS.get(family, ()))
+        ]
+    )
     return result
 
 
 def tiny_model(family: str, tokenizer: Qwen2Tokenizer, seed: int) -> PreTrainedModel:
     """Build a tiny model of a family with weights drawn from a seed, leaving the global generator as it was."""
+    config = tiny_config(family, tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if family == "qwen2_5_vl":
-            return Qwen2_5_VLForConditionalGeneration(_tiny_qwen2_5(tokenizer))
-        return Qwen3VLForConditionalGeneration(_tiny_qwen3(tokenizer))
+        model: PreTrainedModel = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    return model
 
 
-def tiny_config(family: str, tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig | Qwen3VLConfig:
+def tiny_config(family: str, tokenizer: Qwen2Tokenizer) -> PreTrainedConfig:
     """Return the configuration of a tiny model."""
-    return _tiny_qwen2_5(tokenizer) if family == "qwen2_5_vl" else _tiny_qwen3(tokenizer)
+    return _TINY[family](tokenizer)
 
 
 def _bpe_state(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -112,7 +125,7 @@ def _text_config(tokenizer: Qwen2Tokenizer, rope_extra: dict[str, Any]) -> dict[
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": _MROPE, **rope_extra},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, **rope_extra},
     }
 
 
@@ -135,11 +148,60 @@ def _tiny_qwen2_5(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
         "fullatt_block_indexes": [_VISION_DEPTH - 1],
         "tokens_per_second": TOKENS_PER_SECOND,
     }
-    text = _text_config(tokenizer, {})
+    text = _text_config(tokenizer, {"mrope_section": _MROPE})
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **token_ids(tokenizer))
 
 
 def _tiny_qwen3(tokenizer: Qwen2Tokenizer) -> Qwen3VLConfig:
     vision = _vision_config(16) | {"num_position_embeddings": 256, "deepstack_visual_indexes": [0]}
-    text = _text_config(tokenizer, {"mrope_interleaved": True}) | {"head_dim": _HIDDEN // _HEADS}
+    text = _text_config(tokenizer, {"mrope_section": _MROPE, "mrope_interleaved": True}) | {
+        "head_dim": _HIDDEN // _HEADS
+    }
     return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **token_ids(tokenizer))
+
+
+def _tiny_llava_onevision(tokenizer: Qwen2Tokenizer) -> LlavaOnevisionConfig:
+    vision = {
+        **_square_vision_config(),
+        "model_type": "siglip_vision_model",
+        "vision_use_head": False,
+    }
+    ids = tokenizer.convert_tokens_to_ids
+    return LlavaOnevisionConfig(
+        text_config={"model_type": "qwen2", **_text_config(tokenizer, {})},
+        vision_config=vision,
+        image_token_index=ids("<image>"),
+        video_token_index=ids("<video>"),
+        tie_word_embeddings=True,
+    )
+
+
+def _tiny_internvl(tokenizer: Qwen2Tokenizer) -> InternVLConfig:
+    return InternVLConfig(
+        text_config={"model_type": "qwen2", **_text_config(tokenizer, {})},
+        vision_config=_square_vision_config(),
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=(TINY_SIDE_PX // _SQUARE_PATCH_PX // 2) ** 2,
+        tie_word_embeddings=True,
+    )
+
+
+def _square_vision_config() -> dict[str, Any]:
+    return {
+        "num_hidden_layers": _VISION_DEPTH,
+        "dtype": "float32",
+        "hidden_size": _HIDDEN,
+        "initializer_range": _INITIAL_STD,
+        "intermediate_size": _VISION_INNER,
+        "num_attention_heads": _HEADS,
+        "patch_size": _SQUARE_PATCH_PX,
+        "image_size": TINY_SIDE_PX,
+    }
+
+
+_TINY: dict[str, Callable[[Qwen2Tokenizer], PreTrainedConfig]] = {
+    "qwen2_5_vl": _tiny_qwen2_5,
+    "qwen3_vl": _tiny_qwen3,
+    "llava_onevision": _tiny_llava_onevision,
+    "internvl": _tiny_internvl,
+}

@@ -9,10 +9,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from omni_cli.samples.answer_formats import FORMATS
-from omni_cli.samples.tiling import Labels, TiledPreprocess
+from omni_cli.samples.tiling import Family, Labels, TiledPreprocess
 
 SYSTEM = "You are a driving assistant."
-VIDEO_TOKEN = "<|video_pad|>"
+_PLACEHOLDERS: Mapping[Family, str] = {
+    "qwen2_5_vl": "<|video_pad|>",
+    "qwen3_vl": "<|video_pad|>",
+    "llava_onevision": "<video>",
+    "internvl": "<IMG_CONTEXT>",
+}
 ANSWER_END = "<|im_end|>"
 _TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nSYSTEM<|im_end|>\n{% endif %}"
@@ -27,7 +32,13 @@ ANSWERED: Mapping[Labels, tuple[str, ...]] = {  # the numbers that short answers
     "ego-motion": ("mean_speed_mps", "displacement_m"),
     "speed": ("mean_speed_mps",),
 }
+_SPECIAL = re.compile(r"<\|\w+\|>|<video>|</?img>|<IMG_CONTEXT>")
 _MAX_ANSWER_CHARACTERS = 10_000  # of a model's answer that is searched
+
+
+def video_token(family: Family) -> str:
+    """Return the token that stands for a piece of a video."""
+    return _PLACEHOLDERS[family]
 
 
 def camera_title(name: str) -> str:
@@ -63,9 +74,9 @@ def chat_template(preprocess: TiledPreprocess) -> str:
 
     The video is one placeholder, which the model's own processor repeats; Qwen3-VL's adds the marks of each grid.
     """
-    video = VIDEO_TOKEN
-    if preprocess.vision.family == "qwen2_5_vl":
-        video = f"<|vision_start|>{VIDEO_TOKEN}<|vision_end|>"
+    video = {"qwen2_5_vl": "<|vision_start|><|video_pad|><|vision_end|>", "qwen3_vl": "<|video_pad|>"}.get(
+        preprocess.vision.family, "<video>\n"
+    )
     return _TEMPLATE.replace("SYSTEM", SYSTEM).replace("VIDEO", video)
 
 
@@ -88,17 +99,23 @@ def sample_sentences(preprocess: TiledPreprocess) -> list[str]:
     """Return sentences from which a tokenizer of our own learns its words; numbers are left to single digits."""
     prompts = [render_prompt(preprocess.model_copy(update={"past_speed": told}), 0.0) for told in (False, True)]
     answers = [render_answer(labels, FORMATS[labels].zero) for labels in _told_of(preprocess.labels)]
-    return [re.sub(r"<\|\w+\|>", " ", text) for text in prompts + answers]
+    return [_SPECIAL.sub(" ", text) for text in prompts + answers]
 
 
 def _video_text(preprocess: TiledPreprocess) -> str:
-    time, height, width = preprocess.grid
-    pads = VIDEO_TOKEN * (height * width // preprocess.vision.merge**2)
-    if preprocess.vision.family == "qwen2_5_vl":
-        return f"<|vision_start|>{pads * time}<|vision_end|>"
-    return "".join(
-        f"<{_grid_middle_s(preprocess, k):.1f} seconds><|vision_start|>{pads}<|vision_end|>" for k in range(time)
-    )
+    """Return the placeholders of a window as its family's own processor writes them, ready for the language model."""
+    vision, frames = preprocess.vision, preprocess.grid[0]
+    pads = video_token(vision.family) * ((preprocess.visual_tokens - vision.closing_tokens) // frames)
+    match vision.family:
+        case "qwen2_5_vl":
+            return f"<|vision_start|>{pads * frames}<|vision_end|>"
+        case "qwen3_vl":
+            seconds = [_grid_middle_s(preprocess, grid) for grid in range(frames)]
+            return "".join(f"<{middle:.1f} seconds><|vision_start|>{pads}<|vision_end|>" for middle in seconds)
+        case "llava_onevision":
+            return f"{pads * frames}{video_token(vision.family) * vision.closing_tokens}\n"
+        case "internvl":
+            return "\n".join(f"Frame{number + 1}: <img>{pads}</img>" for number in range(frames)) + "\n"
 
 
 def _grid_middle_s(preprocess: TiledPreprocess, grid: int) -> float:

@@ -11,13 +11,13 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import model_validator
+from pydantic import SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor
 
 from omni_cli.config import Settings
 from omni_cli.formats.video import Decoder, Uint8Array
 
-Family = Literal["qwen2_5_vl", "qwen3_vl"]
+Family = Literal["qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl"]
 Labels = Literal["ego-motion", "speed", "waypoints", "reasoning"]
 
 
@@ -30,11 +30,25 @@ class VisionGrid(Settings):
     temporal_patch: int  # frames a token
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    reads: Literal["patches", "frames"] = "patches"  # what its tower takes
+    side_px: int | None = None  # of its canvases, where they are squares of one size
+    closing_tokens: int = 0  # after the last frame
+
+    @model_serializer(mode="wrap")
+    def _as_ever(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what no backbone of omni 0.5 needed: its shards and runs are known by their hashes."""
+        later = ("reads", "side_px", "closing_tokens")
+        as_before = {name for name in later if getattr(self, name) == type(self).model_fields[name].default}
+        return {name: value for name, value in write(self).items() if name not in as_before}
 
     @property
     def multiple_px(self) -> int:
         """Every side of a canvas is a multiple of this."""
-        return self.patch_px * self.merge
+        return self.side_px or self.patch_px * self.merge
+
+    def tokens(self, grid: tuple[int, int, int]) -> int:
+        """Return how many tokens the patches (time, height, width) of one window become."""
+        return grid[0] * math.prod(math.ceil(side / self.merge) for side in grid[1:]) + self.closing_tokens
 
 
 class TiledPreprocess(Settings):
@@ -70,10 +84,10 @@ class TiledPreprocess(Settings):
     @model_validator(mode="after")
     def _fits_the_grid(self) -> "TiledPreprocess":
         multiple = self.vision.multiple_px
-        if self.canvas_width_px % multiple or self.canvas_height_px % multiple:
-            raise ValueError(
-                f"canvas {self.canvas_width_px}x{self.canvas_height_px} px is not a multiple of {multiple} px"
-            )
+        sides = (self.canvas_width_px, self.canvas_height_px)
+        if any(side % multiple or side > (self.vision.side_px or side) for side in sides):
+            expected = "the one of its model" if self.vision.side_px else "a multiple"
+            raise ValueError(f"canvas {sides[0]}x{sides[1]} px is not {expected} of {multiple} px")
         return self
 
     @property
@@ -121,8 +135,7 @@ class TiledPreprocess(Settings):
     @property
     def visual_tokens(self) -> int:
         """Tokens that the pictures of one window become."""
-        time, height, width = self.grid
-        return time * height * width // self.vision.merge**2
+        return self.vision.tokens(self.grid)
 
     @property
     def seconds_per_grid(self) -> float:
@@ -219,9 +232,12 @@ class TiledPreprocess(Settings):
             pictures: (windows, num_frames, cameras, cell height, cell width, 3) uint8.
 
         Returns:
-            (windows * time * height * width patches, 3 * temporal_patch * patch_px ** 2) float32, on the same device.
+            (windows * time * height * width patches, 3 * temporal_patch * patch_px ** 2) float32, on the same device;
+            of a backbone that reads frames (windows, num_frames, 3, height, width).
         """
         frames = self.canvases(pictures).permute(0, 1, 4, 2, 3)
+        if self.vision.reads == "frames":
+            return torch.stack([normalise(window, self.vision) for window in frames])
         return torch.cat([patchify(normalise(window, self.vision), self.vision) for window in frames])
 
 
@@ -266,8 +282,10 @@ def fit_canvas(width_px: int, aspect: float, vision: VisionGrid) -> tuple[int, i
     Args:
         width_px: the width asked for.
         aspect: width / height of the whole canvas, which keeps the aspect of the tiles.
-        vision: the backbone's grid.
+        vision: the backbone's grid; one that reads squares of a single size leaves no choice.
     """
+    if vision.side_px:
+        return vision.side_px, vision.side_px
     multiple = vision.multiple_px
     width = max(round(width_px / multiple), 1) * multiple
     return width, max(round(width / aspect / multiple), 1) * multiple

@@ -18,7 +18,7 @@ def tiled_preprocess(model: str, sample: VlmSample) -> TiledPreprocess:
     Raises:
         UsageError: there are no cameras, or too many.
     """
-    vision = _vision_grid(families.family_of(model))
+    vision = _vision_grid(model)
     cameras = camera_names(sample.cameras)
     columns = math.ceil(math.sqrt(len(cameras)))
     rows = math.ceil(len(cameras) / columns)
@@ -50,7 +50,8 @@ def camera_names(text: str) -> tuple[str, ...]:
     return names
 
 
-def _vision_grid(family: families.VisionFamily) -> VisionGrid:
+def _vision_grid(model: str) -> VisionGrid:
+    family = families.family_of(model)
     return VisionGrid(
         family=family.name,  # type: ignore[arg-type]  # the table's keys are the literal's values
         patch_px=family.patch_px,
@@ -58,4 +59,7 @@ def _vision_grid(family: families.VisionFamily) -> VisionGrid:
         temporal_patch=family.temporal_patch,
         mean=family.mean,
         std=family.std,
+        reads="frames" if family.reads_frames else "patches",
+        side_px=families.side_px(model),
+        closing_tokens=family.closing_tokens,
     )
