@@ -51,26 +51,6 @@ def test_batched_losses_equal_single_ones(family: str) -> None:
     assert float(together.total) / int(together.count) == pytest.approx(mean, abs=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_batched_logits_equal_single_ones(family: str) -> None:
-    vlm = recipe(family)
-    preprocess, rows = vlm.preprocess(), make_rows(vlm, [3.2, 115.75])
-    model = vlm.build(preprocess).model.eval()
-
-    def logits(some: list[dict[str, Any]]) -> torch.Tensor:
-        batch = vlm.collate(some, preprocess)
-        features = qwen_vl.video_features(
-            model, preprocess.pixel_values(batch["pictures"]), torch.tensor([preprocess.grid] * len(some))
-        )
-        return qwen_vl.forward_logits(model, batch, features, torch.arange(batch["input_ids"].shape[1]))
-
-    with torch.no_grad():
-        both = logits(rows)
-        for index, row in enumerate(rows):
-            length = len(row["input_ids"])
-            assert torch.allclose(both[index, :length], logits([row])[0], atol=1e-5, rtol=0)
-
-
 def librarys_own(model: Any) -> Any:
     """Return the library's model with the same weights, none of its parts replaced."""
     model.save_pretrained(folder := tempfile.mkdtemp())
@@ -117,7 +97,7 @@ def test_logits_equal_the_librarys_own_forward(family: str) -> None:
     with torch.no_grad():
         features = qwen_vl.video_features(model, pixels, grid)
         ours = qwen_vl.forward_logits(model, batch, features, torch.arange(len(row["input_ids"])))
-        theirs = library(
+        (theirs,) = library(
             input_ids=batch["input_ids"],
             pixel_values_videos=pixels,
             video_grid_thw=grid,
@@ -131,7 +111,7 @@ def test_logits_equal_the_librarys_own_forward(family: str) -> None:
     ("text_before", "grid", "time_step", "after"), [(3, (2, 4, 8), 2.0, 7), (3, (16, 4, 8), 2.0, 34)]
 )
 def test_text_goes_on_after_the_largest_position(text_before, grid, time_step, after) -> None:
-    """transformers 4.57 and serving stacks continue at max() + 1; 5.x restarts at 7 in both cases (measured)."""
+    """Pain 2: transformers 4.57 and serving stacks continue at max() + 1; 5.x restarts at 7 in both cases."""
     video = [9] * (grid[0] * grid[1] * grid[2] // 4)
     ids = rope_ids([1] * text_before + video + [1], video_token=9, grid=grid, merge=2, time_step=time_step)
     assert ids[0].tolist() == list(range(text_before + len(video) + 1))
@@ -264,15 +244,13 @@ def test_a_batch_of_answers_equals_single_answers(family: str) -> None:
 
 
 def test_token_loss_counts_only_labelled_tokens() -> None:
-    logits, labels = torch.randn(2, 6, 11), torch.randint(0, 11, (2, 6))
-    labels[:, :3] = losses.IGNORED
-    labels[1, 5] = losses.IGNORED
+    logits, labels = torch.randn(12, 11), torch.randint(0, 11, (1, 12))
+    labels[0, :3] = losses.IGNORED
+    labels[0, 6:9] = losses.IGNORED
     positions = losses.labelled_positions(labels)
-    total, count = losses.token_loss(logits[:, positions], labels, positions)
-    expected = torch.nn.functional.cross_entropy(
-        logits[:, :-1].reshape(-1, 11), labels[:, 1:].reshape(-1), reduction="sum"
-    )
-    assert int(count) == 5
+    total, count = losses.token_loss(logits[positions], labels, positions)
+    expected = torch.nn.functional.cross_entropy(logits[:-1], labels[0, 1:], reduction="sum")
+    assert int(count) == 6
     assert torch.allclose(total, expected)
 
 
