@@ -15,7 +15,7 @@ from omni_cli.report import Console
 from omni_cli.stages import runs
 from omni_cli.stages.train import TrainRequest, train
 from omni_cli.stages.train.trainer import trainer_arguments
-from omni_cli.telemetry import installed_version
+from tests.support.no_bitsandbytes import without_bitsandbytes
 from tests.support.pipeline import QUIET, make_run, tiny_recipe, write_synthetic
 
 
@@ -104,13 +104,13 @@ def test_an_unknown_optimizer_is_refused_with_the_nearest_name(tmp_path, dry_run
         ask(tmp_path, "r", with_optimizer("adamw_torch_fussed"), dry_run=dry_run)
 
 
-@pytest.mark.skipif(installed_version("bitsandbytes") is not None, reason="bitsandbytes is installed here")
 def test_an_optimizer_whose_package_is_absent_names_the_extra(tmp_path):
     message = r"'paged_adamw_8bit': needs bitsandbytes; install it with: pip install 'omni-cli\[bnb\]'"
-    with pytest.raises(UsageError, match=message):
-        ask(tmp_path, "r", with_optimizer("paged_adamw_8bit"))
-    assert list(tmp_path.iterdir()) == []
-    ask(tmp_path, "r", with_optimizer("paged_adamw_8bit"), dry_run=True)  # the plan may be of another machine
+    with without_bitsandbytes():
+        with pytest.raises(UsageError, match=message):
+            ask(tmp_path, "r", with_optimizer("paged_adamw_8bit"))
+        assert list(tmp_path.iterdir()) == []
+        ask(tmp_path, "r", with_optimizer("paged_adamw_8bit"), dry_run=True)  # the plan may be of another machine
 
 
 def test_an_optimizer_that_needs_more_than_its_name_is_refused(tmp_path):

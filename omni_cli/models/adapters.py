@@ -13,8 +13,8 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import ModulesToSaveWrapper, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 
 from omni_cli.config import nearest
 from omni_cli.errors import DataError, OmniError, UsageError
 from omni_cli.models.model_folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, header, read_object
 
-_MERGER = re.compile(r"visual\.(merger|deepstack_merger_list\.\d+)$")
+_MERGER = re.compile(r"(visual\.(merger|deepstack_merger_list\.\d+)|multi_modal_projector)$")
 _ADAPTABLE = (nn.Linear, nn.Conv2d)
 
 
@@ -57,6 +57,9 @@ class Place:
 LANGUAGE_MODEL = Place(
     "the language model", r".*language_model\.layers\.\d+\.(?:self_attn|mlp)\.", r"\w+_proj", "CAUSAL_LM"
 )
+# Of every layer of a tower; a Qwen-VL's attention projects to query, key and value at once.
+_TOWER_LAYER = r".*(?:visual\.blocks|vision_tower\.encoder\.layers?)\.\d+\.(?:attn|self_attn|attention|mlp)\."
+VISION_TOWER = Place("the vision tower", _TOWER_LAYER, r"\w+", "CAUSAL_LM")
 DRIVING_NET = Place("the driving net", r"(?:base_model\.model\.)?", ".+", None)  # a target is a layer's full name
 
 
@@ -71,6 +74,23 @@ class AdapterSpec:
     use_dora: bool = False
     train_merger: bool = False  # between vision tower and language model: in full, saved with the adapter
     place: Place = LANGUAGE_MODEL
+    vision_targets: tuple[str, ...] = ()  # beside `targets`, or instead of them
+    rank_stabilised: bool = False  # rsLoRA, arXiv 2312.03732
+
+    @property
+    def scale(self) -> float:
+        """What the product of an adapter's two matrices is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+
+    @property
+    def sites(self) -> tuple[tuple[Place, tuple[str, ...]], ...]:
+        """The places that get adapters, with the targets of each; where none has any, the place without."""
+        asked = ((self.place, self.targets), (VISION_TOWER, self.vision_targets))
+        return tuple(site for site in asked if site[1]) or asked[:1]
+
+    def pattern(self) -> str:
+        """Return a full-match pattern for the names of all the layers that get an adapter."""
+        return "|".join(place.pattern(targets) for place, targets in self.sites)
 
 
 def merger_names(model: nn.Module) -> list[str]:
@@ -126,11 +146,13 @@ def attach(model: nn.Module, spec: AdapterSpec) -> nn.Module:
         lora_alpha=spec.alpha,
         lora_dropout=spec.dropout,
         use_dora=spec.use_dora,
-        target_modules=spec.place.pattern(spec.targets),
+        use_rslora=spec.rank_stabilised,
+        target_modules=spec.pattern(),
         modules_to_save=merger_names(model) if spec.train_merger else None,
         task_type=spec.place.task_type,
     )
     wrapped: nn.Module = get_peft_model(model, config)
+    _learn_mergers_in_float32(wrapped)
     verify(wrapped, spec)
     _check_magnitudes(wrapped)
     return wrapped
@@ -142,13 +164,14 @@ def check_targets(model: nn.Module, spec: AdapterSpec) -> None:
     Raises:
         UsageError: one is not, or there is none.
     """
-    known = spec.place.named(model)
-    if wrong := [name for name in spec.targets if name not in known] or ([] if spec.targets else ["nothing"]):
-        raise UsageError(f"tune.targets: {wrong[0]!r} is no layer of {spec.place.title}; {nearest(wrong[0], known)}")
-    wanted = re.compile(spec.place.pattern(spec.targets))
-    for name, module in model.named_modules():
-        if wanted.fullmatch(name) and (reason := unfit(module)):
-            raise UsageError(f"tune.targets: {name} is {reason}, which PEFT cannot adapt and merge; leave it out")
+    for place, targets in spec.sites:
+        known, key = place.named(model), "tune.vision_targets" if place is VISION_TOWER else "tune.targets"
+        if wrong := [name for name in targets if name not in known] or ([] if targets else ["nothing"]):
+            raise UsageError(f"{key}: {wrong[0]!r} is no layer of {place.title}; {nearest(wrong[0], known)}")
+        wanted = re.compile(place.pattern(targets))
+        for name, module in model.named_modules():
+            if wanted.fullmatch(name) and (reason := unfit(module)):
+                raise UsageError(f"{key}: {name} is {reason}, which PEFT cannot adapt and merge; leave it out")
 
 
 def load(model: nn.Module, folder: Path, spec: AdapterSpec) -> nn.Module:
@@ -162,6 +185,8 @@ def load(model: nn.Module, folder: Path, spec: AdapterSpec) -> nn.Module:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
             wrapped: nn.Module = PeftModel.from_pretrained(model, folder, is_trainable=True)
+            if _learn_mergers_in_float32(wrapped):
+                set_peft_model_state_dict(wrapped, load_peft_weights(str(folder)))  # what was read into 16 bits
     except Exception as error:  # what a library makes of settings that another hand wrote can be any
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
         raise DataError(f"adapter {folder} does not match its base model: {reason}") from None
@@ -175,12 +200,22 @@ def _check_folder(model: nn.Module, folder: Path) -> None:
     Raises:
         DataError: it is one; what was found is named.
     """
-    kept, base = read_object(folder / ADAPTER_CONFIG), vars(model).get("name_or_path")
-    if (kind := kept.get("peft_type")) != "LORA":
-        raise DataError(f"adapter {folder} is of type {kind!r}, expected 'LORA'; train it again")
+    kept, base = check_kind(folder), vars(model).get("name_or_path")
     if (named := kept.get("base_model_name_or_path")) != base and (named or base):
         raise DataError(f"adapter {folder} names the base {named!r}, expected {base!r}; train it again on that")
+
+
+def check_kind(folder: Path) -> dict[str, Any]:
+    """Return an adapter's settings, if it is of the kind that omni makes and has weights that are safe to load.
+
+    Raises:
+        DataError: it is not, or has not.
+    """
+    kept = read_object(folder / ADAPTER_CONFIG)
+    if (kind := kept.get("peft_type")) != "LORA":
+        raise DataError(f"adapter {folder} is of type {kind!r}, expected 'LORA'; train it again")
     header(folder / ADAPTER_WEIGHTS)
+    return kept
 
 
 def disabled(model: Any) -> AbstractContextManager[None]:
@@ -195,6 +230,8 @@ def merge(model: Any) -> Any:
     Raises:
         DataError: a merged weight is not finite.
     """
+    for merger in _mergers(model):
+        merger.modules_to_save.to(next(merger.original_module.parameters()).dtype)
     try:
         return model.merge_and_unload(safe_merge=True)
     except ValueError as error:
@@ -202,7 +239,7 @@ def merge(model: Any) -> Any:
 
 
 def verify(model: nn.Module, spec: AdapterSpec) -> None:
-    """Check hit modules, rank, scale and the trainable count against the analytic value.
+    """Check hit modules, rank, scale, types and the trainable count against the analytic value.
 
     Raises:
         OmniError: one of them differs.
@@ -211,16 +248,43 @@ def verify(model: nn.Module, spec: AdapterSpec) -> None:
     _check_places(model, list(layers), spec)
     for name, layer in layers.items():
         rank, scale = layer.lora_A["default"].weight.shape[0], layer.scaling["default"]
-        if rank != spec.rank or scale != spec.alpha / spec.rank:
-            asked = f"asked for {spec.rank} and {spec.alpha / spec.rank}"
+        if rank != spec.rank or scale != spec.scale:
+            asked = f"asked for {spec.rank} and {spec.scale}"
             raise OmniError(f"adapter on {name} has rank {rank} and scale {scale}; {asked}")
-    mergers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    mergers = _mergers(model)
     if len(mergers) != (len(merger_names(model)) if spec.train_merger else 0):
         raise OmniError(f"{len(mergers)} mergers learn beside the adapter; asked for train_merger={spec.train_merger}")
     expected = sum(adapter_weights(layer.get_base_layer(), spec) for layer in layers.values())
     expected += sum(weight_count(merger.original_module) for merger in mergers)
     if (found := trainable_count(model)) != expected:
         raise OmniError(f"{found:,} weights are trainable; what was asked for has {expected:,}")
+    check_types(model)
+
+
+def check_types(model: nn.Module) -> None:
+    """Check that what learns beside a frozen base does in float32: 16 bits round small updates away (trl#7268).
+
+    Raises:
+        OmniError: a tensor does not; it is named.
+    """
+    for name, weight in model.named_parameters():
+        is_beside = "lora_" in name or "modules_to_save" in name
+        if is_beside and weight.requires_grad and weight.dtype != torch.float32:
+            raise OmniError(f"adapter weight {name} is of type {weight.dtype}; expected float32, in which it learns")
+
+
+@contextmanager
+def types_kept(model: nn.Module) -> Iterator[None]:
+    """Give every weight that learns its own values back after the block where it casts them, on the device they are on.
+
+    TRL 1.16 casts the adapters of a quantised model to bfloat16, all but DoRA's magnitudes.
+    """
+    kept = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
+    yield
+    for name, weight in model.named_parameters():
+        if name in kept and weight.dtype != kept[name].dtype:
+            weight.data = kept[name].to(weight.device)
+    check_types(model)
 
 
 def adapter_weights(layer: nn.Module, spec: AdapterSpec) -> int:
@@ -274,18 +338,43 @@ def has_gradient(model: nn.Module) -> bool:
     return any(weight.grad is not None and bool(weight.grad.any()) for weight in model.parameters())
 
 
+def _mergers(model: nn.Module) -> list[Any]:
+    """Return what learns in full beside an adapter, each with the original."""
+    return [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+
+
+def _learn_mergers_in_float32(model: nn.Module) -> bool:
+    """Let what learns in full beside an adapter do so in float32, as PEFT lets adapters alone; say whether any does."""
+    copies = [merger.modules_to_save["default"] for merger in _mergers(model)]
+    for copy in copies:
+        copy.float()
+        copy.register_forward_pre_hook(_to_own_type)
+        copy.register_forward_hook(_to_given_type)
+    return bool(copies)
+
+
+def _to_own_type(module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    module.given_type = inputs[0].dtype
+    return (inputs[0].to(next(module.parameters()).dtype), *inputs[1:])
+
+
+def _to_given_type(module: Any, _inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+    return output.to(module.given_type)
+
+
 def _check_places(model: nn.Module, found: list[str], spec: AdapterSpec) -> None:
-    wanted = re.compile(spec.place.pattern(spec.targets))
+    wanted = re.compile(spec.pattern())
     strangers = [name for name in found if not wanted.fullmatch(name)]
     if strangers or not found:
-        raise OmniError(f"adapter sits on {strangers[0] if strangers else 'nothing'}; expected {spec.targets}")
-    expected = Counter(match[1] for name, _ in model.named_modules() if (match := wanted.fullmatch(name)))
-    hits = Counter(match[1] for name in found if (match := wanted.fullmatch(name)))
-    for target in spec.targets:
-        if hits[target] != expected[target] or not hits[target]:
-            raise OmniError(
-                f"adapter sits on {hits[target]} layers named {target}; {spec.place.title} has {expected[target]}"
-            )
+        asked = spec.targets + spec.vision_targets
+        raise OmniError(f"adapter sits on {strangers[0] if strangers else 'nothing'}; expected {asked}")
+    names = [name for name, _ in model.named_modules()]
+    for place, targets in spec.sites:
+        layer = re.compile(place.pattern(targets))
+        expected, hits = (Counter(match[1] for n in some if (match := layer.fullmatch(n))) for some in (names, found))
+        if short := [name for name in targets if hits[name] != expected[name] or not hits[name]]:
+            sits = f"adapter sits on {hits[short[0]]} layers named {short[0]}"
+            raise OmniError(f"{sits}; {place.title} has {expected[short[0]]}")
 
 
 def _check_magnitudes(model: nn.Module) -> None:

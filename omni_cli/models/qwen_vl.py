@@ -1,6 +1,7 @@
 """Loading Qwen-VL models and calling them the one right way: our rope ids, a frozen tower outside autograd."""
 
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
-    BitsAndBytesConfig,
     GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -20,16 +22,16 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from omni_cli import files
 from omni_cli.errors import DataError, OmniError, UsageError
-from omni_cli.models.families import family_of, hub_arguments, is_path, model_config
+from omni_cli.models import packing, parts, quantised, wiring
+from omni_cli.models.families import family_of, hub_arguments, is_path, model_config, split_revision
 from omni_cli.models.model_folders import CONFIG, check_config, check_weights, read_config, reading
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-# The vision tower and the head stay in 16 bit; "visual" alone would spare nothing (transformers 5.23).
 # Half a byte a weight; a byte for the scale of each 64, and four for the scale of each 256 of those (double quantised).
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 _DEVICES = re.compile(r"cpu|cuda(:\d+)?")
-_NOT_QUANTISED = ["model.visual", "lm_head"]
-_TOKENS = ("<|video_pad|>", "<|im_end|>")  # in every prompt, after every answer
+_TURN_END = "<|im_end|>"  # after every answer
+_VIDEO_TOKENS = ("<|video_pad|>", "<video>", "<IMG_CONTEXT>")  # one of them is in every prompt
 _MOST_LACKING = 2  # times the weights held that a configuration may ask for until those that lack are named
 _MOST_PACKED = 8  # quantised weights in one number of a file: AWQ and GPTQ put eight of 4 bits into 32
 
@@ -38,17 +40,17 @@ def load_model(source: str, dtype: torch.dtype, quantization: str = "none") -> P
     """Load weights from the safetensors of a folder or the hub.
 
     Raises:
-        OmniError: they are not there, or the hub cannot be reached.
+        UsageError: they are to be quantised, and bitsandbytes is not installed.
+        OmniError: they are not there, or the hub cannot be reached, or what is quantised or multiplied is wrong.
         DataError: the folder is damaged, some are missing, or have other shapes: the library would draw them at random.
     """
+    quantise = {"quantization_config": quantised.nf4(dtype)} if quantization == "nf4" else {}
     if Path(source).is_dir():
         _check_size(source)
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     options["ignore_mismatched_sizes"] = True  # told of, that they may be named
-    if quantization == "nf4":
-        options["quantization_config"] = _nf4(dtype)
     with reading("load model", source):
-        model, found = AutoModelForImageTextToText.from_pretrained(**hub_arguments(source), **options)
+        model, found = AutoModelForImageTextToText.from_pretrained(**hub_arguments(source), **options, **quantise)
     if other := sorted(found["mismatched_keys"]):
         name, held, asked = other[0]
         raise DataError(
@@ -57,7 +59,20 @@ def load_model(source: str, dtype: torch.dtype, quantization: str = "none") -> P
         )
     if absent := sorted(found["missing_keys"]):
         raise DataError(f"model {source!r} lacks {len(absent)} of its weights, first {absent[0]}; fetch it again")
+    if quantise or quantised.quantised_layers(model):
+        quantised.ready(model, dtype)
     return cast(PreTrainedModel, model)
+
+
+def as_loaded(model: PreTrainedModel, dtype: str, quantization: str) -> PreTrainedModel:
+    """Return a model that was drawn here as if it had been loaded in this type and quantised so."""
+    if quantization == "none":
+        return cast(PreTrainedModel, place(model, "cpu", dtype))
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        loaded = load_model(folder, DTYPES[dtype], quantization)
+    loaded.name_or_path = loaded.config.name_or_path = model.name_or_path  # by which an adapter knows its base
+    return loaded
 
 
 def _check_size(folder: str) -> None:
@@ -93,7 +108,7 @@ def weight_bytes(model: nn.Module, dtype: torch.dtype, quantization: str) -> int
     """Return the bytes of a model's weights; where it is quantised, all but the decoder's matrices keep their type."""
     is_nf4 = quantization == "nf4"
     each = [
-        weight.numel() * (_NF4_BYTES if is_nf4 and weight.ndim == 2 and ".layers." in name else dtype.itemsize)
+        weight.numel() * (_NF4_BYTES if is_nf4 and weight.ndim == 2 and quantised.DECODER in name else dtype.itemsize)
         for name, weight in model.named_parameters()
     ]
     return round(sum(each))
@@ -110,7 +125,8 @@ def load_tokenizer(source: str) -> Any:
         read_config(Path(source))  # the library looks into it too
     with reading("load the tokenizer of", source):
         tokenizer = AutoTokenizer.from_pretrained(**hub_arguments(source))
-        lacks = [token for token in _TOKENS if token not in tokenizer.get_vocab()]
+        known = tokenizer.get_vocab()
+    lacks = [some[0] for some in ((_TURN_END,), _VIDEO_TOKENS) if known.keys().isdisjoint(some)]
     if lacks:
         raise DataError(f"the tokenizer of {source!r} knows no {lacks[0]}; expected a Qwen-VL model's")
     return tokenizer
@@ -123,56 +139,75 @@ def base_of(model: nn.Module) -> Any:
 
 
 def tower_is_frozen(model: nn.Module) -> bool:
-    """Say whether no weight of the vision tower learns."""
-    return not any(weight.requires_grad for weight in base_of(model).model.visual.parameters())
+    """Say whether neither the vision tower nor what maps its output to the language model's width learns."""
+    return not parts.learning_counts(base_of(model)).keys() & {"vision", "merger"}
 
 
 def video_features(model: nn.Module, pixel_values: Tensor, grids: Tensor) -> Any:
     """Return the vision tower's output, outside autograd where the tower is frozen.
 
     Args:
-        model: a Qwen-VL model, wrapped or not.
-        pixel_values: (patches, values) of all windows, as `Preprocess.pixel_values` makes them.
+        model: a vision-language model, wrapped or not.
+        pixel_values: of all windows, as `Preprocess.pixel_values` makes them.
         grids: (windows, 3) patches in time, height and width.
     """
     base = base_of(model)
     learning = torch.is_grad_enabled() and not tower_is_frozen(model)
-    with torch.set_grad_enabled(learning):
-        return base.get_video_features(pixel_values, grids, return_dict=True)
+    with torch.set_grad_enabled(learning), _frozen_layers_outside_autograd(base):
+        return wiring.wiring_of(base).look(base, pixel_values, grids)
 
 
-def repeat_features(features: Any, windows: int) -> Any:
-    """Return the output of one window as if each of `windows` had been looked at: exact, and as cheap as one."""
-    features.pooler_output = features.pooler_output * windows  # a tuple of one tensor a window
-    if getattr(features, "deepstack_features", None) is not None:
-        features.deepstack_features = [level * windows for level in features.deepstack_features]
-    return features
+@contextmanager
+def _frozen_layers_outside_autograd(base: Any) -> Iterator[None]:
+    """Cut a tower of which at most the mergers learn off below them; what has no gradient needs no checkpoint.
+
+    The library makes the embedded patches ask for gradients where layers are checkpointed, and with them every layer.
+    """
+    if parts.learning_names(base, "vision"):
+        yield
+        return
+    embedding, tower = wiring.embedding_of(base), wiring.tower_of(base)
+    hook = embedding.register_forward_hook(lambda _module, _inputs, output: wiring.detached(output))
+    checkpointed = [module for module in tower.modules() if getattr(module, "gradient_checkpointing", False)]
+    try:
+        for module in checkpointed:
+            module.gradient_checkpointing = False
+        yield
+    finally:
+        hook.remove()
+        for module in checkpointed:
+            module.gradient_checkpointing = True
 
 
 def forward_logits(model: nn.Module, batch: Any, features: Any, keep: Tensor) -> Tensor:
-    """Return logits (windows, kept positions, vocabulary).
+    """Return logits (kept positions, vocabulary) of packed rows.
 
     Args:
         model: the model as the Trainer sees it, so that data-parallel hooks run.
-        batch: input_ids (n, l), attention_mask (n, l) and position_ids (4, n, l).
+        batch: what `packing.pack` returned.
         features: what `video_features` returned.
         keep: (k,) positions whose logits are wanted; the head is not run on any other.
     """
     output = model(
         input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        position_ids=batch["position_ids"],
-        mm_encoder_outputs={"video": features},
+        mm_encoder_outputs={wiring.wiring_of(base_of(model)).heard_as: features},
         logits_to_keep=keep,
-        use_cache=False,
+        **packing.told_apart(base_of(model), batch),
     )
-    logits: Tensor = output.logits
+    logits: Tensor = output.logits[0]
     return logits
 
 
 @torch.no_grad()
 def generate_text(
-    model: nn.Module, tokenizer: Any, batch: Any, features: Any, *, max_new_tokens: int, end: str
+    model: nn.Module,
+    tokenizer: Any,
+    batch: Any,
+    features: Any,
+    *,
+    max_new_tokens: int,
+    end: str,
+    processors: Sequence[LogitsProcessor] = (),
 ) -> list[str]:
     """Answer greedily, whatever sampling or penalties the model's own settings ask for; the batch is padded left.
 
@@ -183,6 +218,7 @@ def generate_text(
         features: what `video_features` returned.
         max_new_tokens: longest answer.
         end: the token that ends an answer.
+        processors: change the logits before the largest is chosen.
     """
     length = batch["input_ids"].shape[1]
     greedy = GenerationConfig(
@@ -195,8 +231,9 @@ def generate_text(
         tokens = model.generate(  # type: ignore[operator]  # GenerationMixin, which nn.Module does not declare
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
-            position_ids=batch["position_ids"],
-            mm_encoder_outputs={"video": features},
+            position_ids=wiring.positions(base_of(model), batch["position_ids"]),
+            mm_encoder_outputs={wiring.wiring_of(base_of(model)).heard_as: features},
+            logits_processor=LogitsProcessorList(processors),
         )
     return list(tokenizer.batch_decode(tokens[:, length:], skip_special_tokens=True))
 
@@ -261,7 +298,7 @@ def weights_fingerprint(source: str) -> str:
     folder = Path(source)
     if not folder.is_dir():
         _check_hub_id(source)
-        return f"{source}@{_hub_commit(source)}"
+        return f"{split_revision(source)[0]}@{_hub_commit(source)}"
     check_weights(folder, is_quantized="quantization_config" in check_config(folder))
     weights = sorted(folder.glob("*.safetensors"))
     return files.hash_json({path.name: files.sha256_of(path) for path in [*weights, folder / CONFIG]})
@@ -274,18 +311,9 @@ def _check_hub_id(source: str) -> None:
 
 
 def _hub_commit(model: str) -> str:
+    name, revision = split_revision(model)
     try:
-        return str(extract_commit_hash(cached_file(model, "config.json"), None))
+        return str(extract_commit_hash(cached_file(name, "config.json", revision=revision), None))
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise OmniError(f"model {model!r}: no such folder here, and not from the hub: {reason}") from None
-
-
-def _nf4(dtype: torch.dtype) -> Any:
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=_NOT_QUANTISED,
-    )

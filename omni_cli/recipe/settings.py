@@ -1,10 +1,13 @@
 """What every recipe lets its user set; a recipe adds what else it needs."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from omni_cli.config import Settings
+
+# Of the settings of a training: what only watches it. A run that they stopped goes on with others.
+WATCHING = frozenset({"on_bad_step", "max_roll_backs", "spike_window", "spike_factor"})
 
 
 class SampleSettings(Settings):
@@ -39,6 +42,7 @@ class TuneSettings(Settings):
     alpha: int = Field(32, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: tuple[str, ...] = ()  # layers that get an adapter
+    rank_stabilised: bool = False  # rsLoRA: adapters are scaled by alpha / sqrt(rank) instead of alpha / rank
 
 
 class TrainSettings(Settings):
@@ -61,6 +65,12 @@ class TrainSettings(Settings):
     verify_shards: bool = False  # check the hash of a recording's files when a process first opens them
     seed: int = 0
     blind: bool = False  # a control: every picture is replaced by mid grey
+    on_bad_step: Literal["roll_back", "stop"] = "roll_back"  # a loss or gradient that is no number, a spike, a dead one
+    max_roll_backs: int = Field(3, ge=0)  # of one run
+    spike_window: int = Field(32, ge=0)  # recent losses that a loss is held against; 0: no look-out for spikes
+    spike_factor: float = Field(3.0, gt=1)  # a loss above so many times their median is high; three in a row: a spike
+    validation_windows: int = Field(64, ge=0)  # of the val split, whose loss is measured at every checkpoint; 0: none
+    publish: Literal["last", "best"] = "last"  # weights that become the run's: best by the loss on the val split
 
     @field_validator("max_steps")
     @classmethod
@@ -68,3 +78,9 @@ class TrainSettings(Settings):
         if value == 0:
             raise ValueError("expected 1 or more, or -1 for as many as the epochs take")
         return value
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> Self:
+        if self.publish == "best" and not self.validation_windows:
+            raise ValueError("publish = best needs validation_windows = 1 or more, which say which weights are best")
+        return self

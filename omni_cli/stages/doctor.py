@@ -71,6 +71,7 @@ def _checks(request: DoctorRequest) -> Iterator[Check]:
     yield _disk("disk for --data", request.data, "OMNI_DATA")
     yield _disk("disk for --runs", request.runs, "OMNI_RUNS")
     yield from _extras()
+    yield from _four_bit()
     yield _token()
     if request.online:
         yield _hub()
@@ -168,6 +169,20 @@ def _extras() -> Iterator[Check]:
             if missing
             else Check(f"extra {extra}", "installed")
         )
+
+
+def _four_bit() -> Iterator[Check]:
+    """Check the products that a quantised model is made of, where what makes them is installed."""
+    if (version := installed_version("bitsandbytes")) is None:
+        return  # said by the check of the extras
+    try:
+        torch, quantised = importlib.import_module("torch"), importlib.import_module("omni_cli.models.quantised")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        worst = quantised.check_products(device, torch.bfloat16)
+    except Exception as error:  # as for torch
+        yield Check("4-bit products", _one_line(error), "broken", "do not use quantization = nf4 here until mended")
+        return
+    yield Check("4-bit products", f"bitsandbytes {version} on {device}: at most {worst:.1%} off the dequantised ones")
 
 
 def _token() -> Check:
