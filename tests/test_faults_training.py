@@ -63,9 +63,11 @@ def test_what_a_training_writes_is_known_before_it_begins(mode, shards, tmp_path
     final = sum(path.stat().st_size for path in tmp_path.glob("r/final/*.safetensors"))
     size = recipe.size(recipe.preprocess())
     assert disk.final_bytes(size, mode) - disk._BESIDE_BYTES == pytest.approx(final, rel=0.01, abs=40_000)
-    assert plan["disk_bytes"] == 3 * plan["checkpoint_bytes"] + disk.final_bytes(size, mode)
+    assert plan["disk_bytes"] == 3 * plan["checkpoint_bytes"] + 3 * disk.final_bytes(size, mode)
     once = run_train(recipe_of(mode, max_steps=2), shards, tmp_path, dry_run=True)
-    assert once["disk_bytes"] == plan["checkpoint_bytes"] + disk.final_bytes(size, mode)
+    assert once["disk_bytes"] == plan["checkpoint_bytes"] + 2 * disk.final_bytes(size, mode)
+    unmeasured = run_train(recipe_of(mode, max_steps=8, validation_windows=0), shards, tmp_path, dry_run=True)
+    assert unmeasured["disk_bytes"] == 3 * plan["checkpoint_bytes"] + disk.final_bytes(size, mode)
 
 
 @pytest.mark.fault("F3")

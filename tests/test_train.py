@@ -110,6 +110,7 @@ FIRST, LAST = "checkpoint-*", f"checkpoint-{STEPS}.receipt.json"
 )
 @pytest.mark.fault("F1")
 def test_killed_and_run_again_the_weights_are_the_same_bit_for_bit(check_killed, how, kill) -> None:
+    """Pain 12."""
     check_killed(how, [kill])
 
 
@@ -232,7 +233,7 @@ def test_two_trainings_of_one_run_at_once_are_refused(tmp_path, shards) -> None:
 
 
 def test_accumulated_small_batches_learn_as_one_large_batch(tmp_path, shards) -> None:
-    """Rows have different numbers of labelled tokens: a mean of means would differ."""
+    """Pain 11. Rows have different numbers of labelled tokens: a mean of means would differ."""
     final = {}
     for name, batch, accumulation in (("one", 4, 1), ("four", 1, 4)):
         settings = tiny_recipe().train.model_copy(

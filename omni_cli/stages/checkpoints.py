@@ -12,7 +12,7 @@ from typing import Any
 
 from omni_cli import files
 from omni_cli.errors import DataError
-from omni_cli.stages.runs import HISTORY, verified_folder
+from omni_cli.stages.runs import EVENTS, HISTORY, verified_folder
 
 PREFIX = "checkpoint-"
 
@@ -38,6 +38,19 @@ def find_start(checkpoints: Path, run_key: str) -> Start:
     return max(found, key=lambda start: start.step)
 
 
+def steps_saved(checkpoints: Path) -> list[int]:
+    """Return the steps that have a checkpoint, whether it verifies or not."""
+    return sorted(int(folder.name.removeprefix(PREFIX)) for folder in checkpoints.glob(f"{PREFIX}*/"))
+
+
+def discard_from(checkpoints: Path, step: int) -> None:
+    """Delete the checkpoints of a step and of those after it."""
+    for each in steps_saved(checkpoints):
+        if each >= step:
+            shutil.rmtree(checkpoints / f"{PREFIX}{each}")
+    remove_stray_receipts(checkpoints)
+
+
 def remove_stray_receipts(checkpoints: Path) -> None:
     """Delete the receipts of checkpoints that the Trainer has rotated away."""
     for path in checkpoints.glob(f"{PREFIX}*{files.RECEIPT_SUFFIX}"):
@@ -59,6 +72,19 @@ def read_history(run_folder: Path) -> list[dict[str, float]]:
     return whole
 
 
+def read_events(run_folder: Path) -> list[dict[str, Any]]:
+    """Return what befell a run and its weights do not tell; a torn line is left out."""
+    path = run_folder / EVENTS
+    lines = [_object(text) for text in path.read_bytes().splitlines()] if path.is_file() else []
+    return [line for line in lines if line is not None]
+
+
+def append_event(run_folder: Path, event: Mapping[str, Any]) -> None:
+    """Add a line to what befell a run; it is on disk when this returns."""
+    lines = [files.canonical_json(each) + "\n" for each in (*read_events(run_folder), event)]
+    files.write_text(run_folder / EVENTS, "".join(lines))
+
+
 def truncate_history(run_folder: Path, step: int) -> None:
     """Forget what was logged after a step: a resumed run logs it again."""
     kept = [line for line in read_history(run_folder) if line["step"] <= step]
@@ -78,8 +104,13 @@ def last_loss(run_folder: Path, step: int) -> float:
 
 
 def _parse(text: bytes) -> dict[str, float] | None:
+    line = _object(text)
+    return line if line is not None and line.keys() >= {"step", "loss"} else None
+
+
+def _object(text: bytes) -> dict[str, Any] | None:
     try:
         line = json.loads(text)
     except ValueError:
         return None
-    return line if isinstance(line, dict) and line.keys() >= {"step", "loss"} else None
+    return line if isinstance(line, dict) else None

@@ -15,6 +15,7 @@ from omni_cli.errors import OmniError
 from omni_cli.recipe import ModelSize, TrainSettings
 
 CHECKPOINTS_KEPT = 2
+_BEST_KEPT = 2  # the best, and the one before it until the checkpoint that names the new one counts
 _BESIDE_BYTES = 16 << 20  # of every folder of weights: tokenizer, states of generators, receipts
 _ADAPTER_WEIGHT_BYTES = 4  # PEFT keeps an adapter in float32, whatever its base is
 _GIB = 1 << 30
@@ -24,8 +25,13 @@ _TORCH = ("inline_container.cc", "PytorchStreamWriter", "iostream error")
 
 def checkpoint_bytes(size: ModelSize, tuning: str, optimizer: str) -> int:
     """Return what one checkpoint takes: the weights, and what the optimiser keeps of those that learn."""
+    return final_bytes(size, tuning) + optimizer_bytes(size, tuning, optimizer)
+
+
+def optimizer_bytes(size: ModelSize, tuning: str, optimizer: str) -> int:
+    """Return what the optimiser keeps, in memory and in a checkpoint."""
     each = size.weight_bytes / size.weights if tuning == "full" else _ADAPTER_WEIGHT_BYTES
-    return round(final_bytes(size, tuning) + size.learning * _kept_bytes(optimizer, each))
+    return round(size.learning * _kept_bytes(optimizer, each))
 
 
 def final_bytes(size: ModelSize, tuning: str) -> int:
@@ -37,6 +43,8 @@ def final_bytes(size: ModelSize, tuning: str) -> int:
 def run_bytes(size: ModelSize, tuning: str, settings: TrainSettings, steps: int | None) -> int:
     """Return what a training has on the disk at most: a new checkpoint is whole before the oldest goes.
 
+    So it is with the weights of the best step, which are kept beside them where that is measured.
+
     Args:
         size: of the model.
         tuning: `full`, or the kind of adapter.
@@ -45,7 +53,8 @@ def run_bytes(size: ModelSize, tuning: str, settings: TrainSettings, steps: int 
     """
     saves = math.inf if steps is None else math.ceil(steps / settings.save_steps)
     checkpoints = min(saves, CHECKPOINTS_KEPT + 1)
-    return round(checkpoints * checkpoint_bytes(size, tuning, settings.optimizer) + final_bytes(size, tuning))
+    models = 1 + (min(saves, _BEST_KEPT) if settings.validation_windows else 0)
+    return round(checkpoints * checkpoint_bytes(size, tuning, settings.optimizer) + models * final_bytes(size, tuning))
 
 
 def free_bytes(folder: Path) -> int:
@@ -56,16 +65,24 @@ def free_bytes(folder: Path) -> int:
     return state.f_bavail * state.f_frsize + held
 
 
-def check_room(folder: Path, needed_bytes: int) -> None:
+def check_room(
+    folder: Path, needed_bytes: int, *, what: str = "checkpoints and weights need", option: str = "--runs"
+) -> None:
     """Refuse to start what the disk cannot hold.
+
+    Args:
+        folder: that will hold it.
+        needed_bytes: of all that is written.
+        what: needs them.
+        option: that names another folder.
 
     Raises:
         OmniError: less is free than is needed.
     """
     if (free := free_bytes(folder)) < needed_bytes:
         raise OmniError(
-            f"{folder}: checkpoints and weights need about {needed_bytes / _GIB:.2f} GiB, {free / _GIB:.2f} GiB are "
-            "free; free some space, or choose another disk with --runs"
+            f"{folder}: {what} about {needed_bytes / _GIB:.2f} GiB, {free / _GIB:.2f} GiB are free; "
+            f"free some space, or choose another disk with {option}"
         )
 
 
