@@ -1,8 +1,5 @@
-"""What people would rather look at: pictures of a run and its evaluation, and one HTML page that holds them."""
+"""What people would rather look at: pictures of a run and its evaluation."""
 
-import base64
-import html
-import json
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -27,15 +24,17 @@ from omni_cli.stages.checkpoints import read_history
 _BLUE, _GREY = "#2463a8", "#888888"
 
 
-def evaluation_pictures(folder: Path, run_folder: Path, dataset: WindowDataset, pairs: Sequence[Pair]) -> list[Path]:
-    """Draw predicted against true values, the loss, a window's pictures and the skew; return the PNG files."""
+def evaluation_pictures(
+    folder: Path, run_folder: Path | None, dataset: WindowDataset, pairs: Sequence[Pair]
+) -> list[Path]:
+    """Draw predicted against true values, the loss of a run, a window's pictures and the skew; return the PNG files."""
     drawn = {
         "predicted.png": predicted_against_true(pairs),
-        "loss.png": loss_curve(read_history(run_folder)),
+        **({"loss.png": loss_curve(read_history(run_folder))} if run_folder else {}),
         "window.png": window(dataset),
         "skew.png": skew(dataset),
     }
-    return [_save(figure, folder / name) for name, figure in drawn.items()]
+    return [save(figure, folder / name) for name, figure in drawn.items()]
 
 
 def predicted_against_true(pairs: Sequence[Pair]) -> Figure:
@@ -98,7 +97,7 @@ def skew(dataset: WindowDataset) -> Figure:
 
 def write_driven_path(path: Path, recording: Recording, at_us: int, cameras: Sequence[str]) -> Path:
     """Write `driven_path` as a PNG; return its path."""
-    return _save(driven_path(recording, at_us, cameras), path)
+    return save(driven_path(recording, at_us, cameras), path)
 
 
 def driven_path(recording: Recording, at_us: int, cameras: Sequence[str]) -> Figure:
@@ -145,39 +144,9 @@ def _draw_path(axis: Any, recording: Recording, stream: CameraStream, path_m: Fl
     axis.set_ylim(height_px - 0.5, -0.5)
 
 
-def write_html(
-    path: Path,
-    report: Mapping[str, Any],
-    header: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    drawn: Sequence[Path],
-    *,
-    note: str = "",
-) -> None:
-    """Write one page that needs no other file; a note stands above the table."""
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    images = "".join(f'<p><img alt="{path.stem}" src="data:image/png;base64,{_base64(path)}"></p>' for path in drawn)
-    style = (
-        "body{font:15px sans-serif;margin:2em;max-width:75em} img{max-width:100%}"
-        "td,th{padding:.2em .9em;text-align:right} td:first-child{text-align:left}"
-    )
-    said = f"<p><b>{html.escape(note)}</b></p>" if note else ""
-    numbers = html.escape(json.dumps(report, indent=2, sort_keys=True))
-    page = (
-        f"<!doctype html><meta charset=utf-8><title>omni eval</title><style>{style}</style>"
-        f"<h1>{html.escape(str(report['run']))}</h1>{said}<table><tr>{head}</tr>{body}</table>{images}"
-        f"<details><summary>numbers</summary><pre>{numbers}</pre></details>\n"
-    )
-    files.write_text(path, page)
-
-
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG; return its path."""
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     files.write_bytes(path, buffer.getvalue())
     return path
-
-
-def _base64(path: Path) -> str:
-    return base64.b64encode(path.read_bytes()).decode()

@@ -3,11 +3,11 @@
 import math
 import os
 import signal
-import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -16,9 +16,22 @@ from omni_cli import files
 from omni_cli.errors import OmniError
 from omni_cli.models.adapters import check_gradients, has_gradient
 from omni_cli.report import Console, Step
-from omni_cli.stages.checkpoints import remove_stray_receipts
+from omni_cli.stages.checkpoints import read_history, remove_stray_receipts
 from omni_cli.stages.disk import writing
 from omni_cli.stages.runs import HISTORY, Run, seal_folder
+from omni_cli.stages.train.guards import Guard
+from omni_cli.stages.train.pace import WAIT_GOAL, Pace, peak_memory_bytes
+from omni_cli.stages.train.rates import SUFFIX
+from omni_cli.stages.train.telemetry import Recorder
+from omni_cli.stages.train.validation import LOSS
+
+
+class Keeper(Protocol):
+    """Knows something that a checkpoint keeps, so that a resumed run does as an undisturbed one."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the receipt of a checkpoint says of it."""
 
 
 class GradientCheck(TrainerCallback):
@@ -28,9 +41,11 @@ class GradientCheck(TrainerCallback):
 
     Args:
         saved: the facts of the checkpoint that training goes on from; none where it begins.
+        guard: which knows of gradients that float16's scaler skips.
     """
 
-    def __init__(self, saved: Mapping[str, Any]) -> None:
+    def __init__(self, saved: Mapping[str, Any], guard: Guard) -> None:
+        self._guard = guard
         self.passed_at: int | None = saved.get("gradients_checked_at_step")
         self._moved: bool = saved.get("weights_moved", False)
         self.had_label: bool = saved.get("had_label", False)  # at any step
@@ -45,7 +60,7 @@ class GradientCheck(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check once, when an earlier step has moved the weights."""
-        if self.passed_at is not None or not has_gradient(kwargs["model"]):
+        if self.passed_at is not None or self._guard.is_skipped or not has_gradient(kwargs["model"]):
             return
         self.had_label = True
         if self._moved:
@@ -55,49 +70,86 @@ class GradientCheck(TrainerCallback):
 
 
 class Journal(TrainerCallback):
-    """Appends to the history, seals each checkpoint for its run, moves the progress bar."""
+    """Appends to the history, seals each checkpoint for its run, moves the progress bar.
 
-    def __init__(self, run: Run, gradients: GradientCheck, bar: Step) -> None:
+    Args:
+        run: that is trained.
+        keepers: of what a checkpoint keeps.
+        bar: of the steps.
+        recorder: knows how long the run was trained, and is told the step.
+        pace: of the Trainer.
+        guard: which has judged the step that is logged.
+    """
+
+    def __init__(
+        self, run: Run, keepers: Sequence[Keeper], bar: Step, recorder: Recorder, pace: Pace, *, guard: Guard
+    ) -> None:
         self._run_key = run.manifest.key()
-        self._history = run.folder / HISTORY
-        self._gradients = gradients
+        self._folder = run.folder
+        self._keepers = keepers
         self._bar = bar
-        self._started = time.monotonic()
+        self._recorder = recorder
+        self._pace = pace
+        self._guard = guard
+        self._counted: Counter[str] = Counter()  # what the steps that are kept learned from
+        self._waits = ""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Go on counting where the history ends."""
+        self._recorder.step = state.global_step
+        last = ([{}, *read_history(self._folder)])[-1]
+        self._counted = Counter({name: int(last[name]) for name in ("samples", "tokens") if name in last})
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Append one line, on disk before a checkpoint counts; the final summary of the Trainer is left out."""
         logs = kwargs["logs"]
         if "loss" not in logs:
             return
-        names = ("loss", "learning_rate", "grad_norm", "epoch")
+        if self._guard.is_skipped:
+            logs.pop("grad_norm", None)  # overflows, which is what the step was skipped for
+        names = ("loss", "learning_rate", "grad_norm", "epoch", LOSS, *(name for name in logs if name.endswith(SUFFIX)))
         if wrong := [name for name in names if not math.isfinite(logs.get(name, 0.0))]:
             raise OmniError(
                 f"{wrong[0]} is {logs[wrong[0]]} at step {state.global_step}; the last checkpoint is good: go on from "
                 "it with a lower --set train.learning_rate in a run of another name"
             )
+        measured = self._measured(args)
+        logs |= measured  # after the Trainer's own record, which a checkpoint keeps: the reporters that follow see it
         line = {name: float(logs[name]) for name in names if name in logs}
-        line |= {"step": state.global_step, "elapsed_s": round(time.monotonic() - self._started, 3)}
-        with self._history.open("a") as stream:
+        line |= {"step": state.global_step, "elapsed_s": self._recorder.elapsed_s, **measured}
+        with (self._folder / HISTORY).open("a") as stream:
             stream.write(files.canonical_json(line) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
+
+    def _measured(self, args: TrainingArguments) -> dict[str, float]:
+        """Return the pace since the last line, what was learned from so far, and the peak of memory."""
+        pace, counted = self._pace.lap()
+        self._counted.update(counted)
+        waits = pace.get("data_wait_share", 0.0)
+        self._waits = f", {waits:.1%} of the time waiting for data" if waits > WAIT_GOAL else ""
+        return {**pace, **self._counted, "peak_memory_bytes": peak_memory_bytes(args.device)}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move the bar, with the last loss beside it; log where a checkpoint is due.
 
         A mean that began before a checkpoint would be another one after a resume, and the last step has its line.
         """
+        self._recorder.step = state.global_step
         control.should_log = control.should_log or control.should_save
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        self._bar.advance(note=f"loss {losses[-1]:.3f}" if losses else "")
+        self._bar.advance(note=f"loss {losses[-1]:.3f}{self._waits}" if losses else "")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Make the checkpoint count."""
         assert args.output_dir is not None
         if state.is_world_process_zero:
             checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            facts = {key: value for keeper in self._keepers for key, value in keeper.facts.items()}
             with writing(checkpoint):
-                seal_folder(checkpoint, run=self._run_key, step=state.global_step, **self._gradients.facts)
+                seal_folder(checkpoint, run=self._run_key, step=state.global_step, **facts)
             remove_stray_receipts(checkpoint.parent)
 
 
@@ -125,3 +177,15 @@ class StopOnSignal(TrainerCallback):
         """Give the signals back to whoever had them."""
         for each, previous in self._previous.items():
             signal.signal(each, previous)
+
+
+class StopWhenSaved(TrainerCallback):
+    """The last callback: a signal that came while a step was measured or saved takes no step more."""
+
+    def __init__(self, stop: StopOnSignal) -> None:
+        self._stop = stop
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop, since the checkpoint counts."""
+        if self._stop.signal:
+            control.should_training_stop = True

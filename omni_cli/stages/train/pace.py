@@ -1,0 +1,105 @@
+"""How fast a training goes between two logged steps, and what share of that time its loop waits for the loader."""
+
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omni_cli.recipe import Batch
+from omni_cli.stages.train.guards import WINDOWS
+
+WAIT_GOAL = 0.01  # of a step's time: more than that waiting for data is said
+
+
+class Pace:
+    """Counts windows, tokens and time; the clock stands still between a logged step and the batches of the next.
+
+    There the val split is measured and a checkpoint is saved: neither is a step.
+    """
+
+    def __init__(self) -> None:
+        self._start_lap()
+
+    def _start_lap(self) -> None:
+        self._samples = 0
+        self._tokens: Tensor | None = None  # None: rows have none; a number on the device, for which nobody waits
+        self._wait_s = 0.0
+        self._began_s: float | None = None
+        self._passed_s = 0.0
+
+    def begin(self) -> None:
+        """Note that the batches of a step are about to be asked for."""
+        if self._began_s is None:
+            self._began_s = time.perf_counter()
+
+    def stop(self) -> None:
+        """Note that what follows is no longer a step; the device has done its part of it."""
+        if self._began_s is not None:
+            self._passed_s += time.perf_counter() - self._began_s
+            self._began_s = None
+
+    def waited(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Yield what the loader yields, and count how long that takes."""
+        while True:
+            began_s = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            finally:
+                self._wait_s += time.perf_counter() - began_s
+            yield batch
+
+    def count(self, batches: Sequence[Batch]) -> None:
+        """Count the windows and the tokens of a step; what pads a row is no token."""
+        for batch in batches:
+            self._samples += len(batch[WINDOWS])
+            if "input_ids" in batch:
+                mask = batch.get("attention_mask")
+                tokens = torch.tensor(batch["input_ids"].numel()) if mask is None else mask.sum()
+                self._tokens = tokens if self._tokens is None else self._tokens + tokens
+
+    def lap(self) -> tuple[dict[str, float], dict[str, int]]:
+        """Return the speed since the last call, and what was counted; and begin anew."""
+        self.stop()
+        passed_s = self._passed_s
+        counted = {"samples": self._samples}
+        if self._tokens is not None:
+            counted["tokens"] = int(self._tokens)
+        speed = {}
+        if passed_s > 0:
+            speed = {f"{name}_per_s": float(f"{count / passed_s:.6g}") for name, count in counted.items()}
+            speed["data_wait_share"] = round(min(self._wait_s / passed_s, 1.0), 5)
+        self._start_lap()
+        return speed, counted
+
+
+class Paced:
+    """Mixin of a Trainer, before all others: tells its pace what was asked for, what came, and when a step is over."""
+
+    pace: Pace
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """Return the batches of a step, as the Trainer does."""
+        self.pace.begin()
+        waited = self.pace.waited(epoch_iterator)
+        batches, count = super().get_batch_samples(waited, num_batches, device)  # type: ignore[misc]  # of the Trainer
+        self.pace.count(batches)
+        return batches, count
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log a step's numbers; the Trainer has waited for the device to tell them."""
+        self.pace.stop()
+        super().log(logs, start_time)  # type: ignore[misc]  # of the Trainer
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most that this process held so far: of the GPU that trains, or of the host's memory (getrusage(2))."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
