@@ -16,7 +16,7 @@ from omni_cli.errors import DataError, OmniError, UsageError
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")  # as a header names them
 _DEPTHS, _MOST_LAYERS = ("num_hidden_layers", "depth"), 10_000  # a library makes lists of that length, and longer
 _AGAIN = "take the folder again from where it came"
@@ -80,7 +80,7 @@ def check_weights(folder: Path, *, is_quantized: bool = False) -> int:
     Raises:
         DataError: there are no safetensors, one is damaged, or its weights are no floating point numbers.
     """
-    if not (names := _weight_files(folder)):
+    if not (names := weight_files(folder)):
         raise DataError(f"model {str(folder)!r}: the folder holds no *.safetensors; pickled weights are never loaded")
     return sum(prod(shape) for name in names for shape in header(folder / name, is_quantized=is_quantized).values())
 
@@ -139,7 +139,7 @@ def _first_line(error: Exception) -> str:
     return f"{first} {rest[0]}" if first.endswith(":") and rest else first.rstrip(".")
 
 
-def _weight_files(folder: Path) -> list[str]:
+def weight_files(folder: Path) -> list[str]:
     """Return the names of the files that a library would read: the one of all weights, those of an index, else all.
 
     Raises:
@@ -148,12 +148,12 @@ def _weight_files(folder: Path) -> list[str]:
     there = sorted(path.name for path in folder.glob("*.safetensors"))
     if _WHOLE in there:
         return [_WHOLE]  # an index beside it is of weights that were here before
-    if not (folder / _INDEX).is_file():
+    if not (folder / INDEX).is_file():
         return there
-    named = read_object(folder / _INDEX).get("weight_map")
+    named = read_object(folder / INDEX).get("weight_map")
     if not isinstance(named, dict) or not named:
-        raise DataError(f"{folder / _INDEX}: no weight_map; expected the file of each weight: {_AGAIN}")
+        raise DataError(f"{folder / INDEX}: no weight_map; expected the file of each weight: {_AGAIN}")
     wanted = sorted({str(name) for name in named.values()})
     if absent := [name for name in wanted if name not in there]:
-        raise DataError(f"{folder / _INDEX}: names {absent[0]!r}, expected a *.safetensors beside it: {_AGAIN}")
+        raise DataError(f"{folder / INDEX}: names {absent[0]!r}, expected a *.safetensors beside it: {_AGAIN}")
     return wanted

@@ -1,0 +1,216 @@
+"""What a merge may cost in nats, what wrong ones cost, and that those are refused."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from scipy.stats import entropy
+
+from omni_cli.errors import OmniError
+from omni_cli.files import receipt_path, write_json
+from omni_cli.models.shard_merge import ShardMerge
+from omni_cli.recipes.vlm import Vlm
+from omni_cli.report import Console
+from omni_cli.stages import merge as merge_stage
+from omni_cli.stages import models, parity, runs
+from omni_cli.stages.merge import MergeRequest, merge
+from tests.support.pipeline import QUIET, tiny_recipe
+
+FAMILIES, MODES, PRECISIONS = ("qwen2_5_vl", "qwen3_vl"), ("lora", "dora"), ("float32", "bfloat16")
+
+
+def learned(folder: Path, recipe: Vlm) -> runs.Run:
+    """A run whose adapter moves its base as two steps of training at a high rate do (0.03 to 0.1 nats)."""
+    built, final = recipe.build(recipe.preprocess()), folder / runs.FINAL
+    torch.manual_seed(1)
+    for name, weight in built.model.named_parameters():
+        if "lora_B" in name:
+            weight.data += 0.05 * torch.randn_like(weight)
+        elif "magnitude" in name:
+            weight.data *= 1 + 0.05 * torch.randn_like(weight)
+    recipe.save(built, final)
+    runs.seal_folder(final)
+    write_json(folder / runs.LEARNED, runs.Learned(recordings=("r",), windows=1, medians={}).model_dump(mode="json"))
+    manifest = runs.RunManifest(
+        recipe="vlm",
+        profile="test",
+        settings=recipe.model_dump(mode="json"),
+        preprocess=recipe.preprocess(),
+        shards=runs.ShardsUsed(folder=str(folder / "gone"), fingerprint="f", split_rule="hash"),
+        base_fingerprint=recipe.base_fingerprint(),
+        machine={},
+    )
+    return runs.Run(folder, manifest)
+
+
+def a_recipe(family: str, mode: str, precision: str = "float32", **changes) -> Vlm:
+    return tiny_recipe(family, cameras="1-cam", mode=mode, precision=precision, **changes)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_merge_keeps_the_logits_in_float32_and_the_probabilities_in_bfloat16(family, mode, precision, tmp_path):
+    """pain 14, 16: what issue 5 says is done."""
+    recipe = a_recipe(family, mode, precision)
+    run = learned(tmp_path / "run", recipe)
+    result = merge(recipe, run, MergeRequest(), QUIET)
+    found, folder = result["parity"], Path(result["model"])
+    assert found["kl_adapter"] > 0.01
+    assert found["kl_mean"] <= found["kl_mean_allowed"]
+    if precision == "float32":
+        assert found["merged"] <= 1e-4
+        assert found["kl_mean"] < 1e-10
+    else:
+        assert found["kl_mean_allowed"] <= 5e-3
+        assert 1e-6 < found["kl_mean"] < 5e-5
+        assert found["kl_largest"] < 2e-4
+    assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {getattr(torch, precision)}
+    assert models.open_model(folder).card.parity == found == runs.verified_folder(folder)["parity"]
+
+
+def halved(change, weight):
+    return (weight + change(weight)) / 2
+
+
+def doubled(change, weight):
+    return 2 * change(weight) - weight
+
+
+def without_magnitude(change, weight):
+    """DoRA taken for LoRA: every output keeps the length that base and product give it."""
+    found = change(weight)
+    return found * (weight.norm(dim=1) / found.norm(dim=1))[:, None]
+
+
+WRONG = {"half the scale": halved, "twice the scale": doubled, "no magnitudes": without_magnitude}
+
+
+def spoiled(planned: ShardMerge, how: str) -> ShardMerge:
+    if how == "one layer left out":
+        return replace(
+            planned, changes={name: one for name, one in planned.changes.items() if ".layers.1." not in name}
+        )
+    return replace(planned, changes={name: partial(WRONG[how], one) for name, one in planned.changes.items()})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_wrong_merges_cost_far_more_nats_than_rounding_and_than_is_allowed(family, tmp_path):
+    """pain 14: the limit of bfloat16, the widest, tells right merges from wrong ones, with room on either side."""
+    recipe = a_recipe(family, "dora", "bfloat16")
+    run, preprocess = learned(tmp_path / "run", recipe), recipe.preprocess()
+    (tmp_path / "work").mkdir()
+    planned = recipe.merge_files(preprocess, run.final, tmp_path / "work")
+    expected = parity.expect(recipe, run, QUIET)
+    for how in (None, *WRONG, "one layer left out"):
+        folder = tmp_path / str(how)
+        folder.mkdir()
+        (spoiled(planned, how) if how else planned).write(folder, lambda count: None)
+        found, _ = parity.compare(recipe, folder, expected, preprocess, rounded=torch.bfloat16)
+        if how is None:
+            assert found.kl.mean < found.kl.mean_allowed / 10
+            parity.check_parity(found)
+        else:
+            assert found.kl.mean > 1.5 * found.kl.mean_allowed, how
+            with pytest.raises(OmniError, match=r"nats a token from the adapted one's .* nothing is published"):
+                parity.check_divergence(found.kl)
+
+
+class Wrong(Vlm):
+    """A recipe that merges with half the scale."""
+
+    how: ClassVar[str] = "half the scale"
+
+    def merge_files(self, preprocess, adapter, work):
+        return spoiled(super().merge_files(preprocess, adapter, work), self.how)
+
+
+def test_what_a_wrong_merge_wrote_is_not_published(tmp_path):
+    recipe = a_recipe("qwen3_vl", "lora", "bfloat16")
+    run = learned(tmp_path / "run", recipe)
+    with pytest.raises(OmniError, match="nothing is published"):
+        merge(Wrong(**dict(recipe)), run, MergeRequest(), QUIET)
+    assert sorted(path.name for path in run.folder.iterdir()) == ["final", receipt_path(run.final).name, runs.LEARNED]
+
+
+def test_divergences_are_what_scipy_computes():
+    generator = torch.Generator().manual_seed(0)
+    logits, others = ([5 * torch.randn(k, 7, generator=generator) for k in (3, 1)] for _ in range(2))
+    expected = [
+        entropy(one.double().softmax(-1), other.double().softmax(-1), axis=-1)
+        for one, other in zip(logits, others, strict=True)
+    ]
+    assert parity.divergences(logits, others) == pytest.approx([*expected[0], *expected[1]], rel=1e-9)
+    assert max(map(abs, parity.divergences(logits, logits))) < 1e-15
+
+
+@pytest.mark.parametrize(
+    ("dtype", "adapter", "allowed"),
+    [
+        (torch.bfloat16, 0.1, 2e-3),  # a fiftieth of what was learned
+        (torch.bfloat16, 9.0, 5e-3),  # and no more, however much that was
+        (torch.bfloat16, 1e-4, 2e-4),  # nor less than rounding may cost
+        (torch.float16, 1.0, 1e-4),
+        (torch.float32, 1.0, 1e-6),
+    ],
+)
+def test_what_is_allowed_follows_what_was_learned_between_two_limits(dtype, adapter, allowed):
+    logits = [torch.zeros(2, 3)]
+    expected = parity.Expected([{}], logits, adapter_moves=1.0, adapter_kl=adapter, dtype=dtype, windows=0)
+    found = parity._divergence(expected, logits, dtype)
+    assert (found.mean_allowed, found.largest_allowed, found.tokens) == (allowed, 50 * allowed, 2)
+
+
+def test_where_the_windows_of_the_run_are_gone_it_is_said_that_noise_alone_was_compared(tmp_path, capsys):
+    recipe = a_recipe("qwen2_5_vl", "lora")
+    found = merge(recipe, learned(tmp_path / "run", recipe), MergeRequest(), Console())["parity"]
+    said = capsys.readouterr().err
+    assert (found["kl_windows"], found["kl_tokens"] > 10) == (0, True)
+    assert "comparing on seeded noise alone: the shards that the run learned from are gone or were made anew" in said
+    assert "tokens of noise alone\n" in said
+    assert f"KL {found['kl_mean']:.1e} nats a token, 1.0e-06 allowed" in said
+
+
+def test_a_disk_without_room_is_told_before_anything_is_merged(tmp_path, monkeypatch):
+    recipe = a_recipe("qwen2_5_vl", "lora")
+    run = learned(tmp_path / "run", recipe)
+    monkeypatch.setattr(merge_stage, "_BESIDE_BYTES", 1 << 60)
+    with pytest.raises(OmniError, match=r"a merged model needs about [\d.]+ GiB, [\d.]+ GiB are free; .* with --out$"):
+        merge(recipe, run, MergeRequest(), QUIET)
+    assert not (run.folder / "merged").exists()
+
+
+def test_what_learned_over_4_bits_is_merged_into_the_base_that_they_were_made_from(tmp_path, capsys):
+    """pain 14: and it is said how far the two are apart, or that nobody looked."""
+    pytest.importorskip("bitsandbytes")
+    base = tmp_path / "base"
+    plain = a_recipe("qwen3_vl", "full")
+    plain.save(plain.build(plain.preprocess()), base)
+    recipe = a_recipe("qwen3_vl", "dora", "float32", model=str(base), quantization="nf4")
+    run = learned(tmp_path / "run", recipe)
+    folder = Path(merge(recipe, run, MergeRequest(), Console())["model"])
+    before, after = load_file(base / "model.safetensors"), load_file(folder / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys()
+    assert len(changed) == 2 * 4
+    assert "quantization_config" not in (folder / "config.json").read_text()
+    said = capsys.readouterr().err
+    told = next(line for line in said.splitlines() if line.startswith("the model that learned (nf4) is"))
+    assert 1e-5 < float(told.split()[6]) < 0.2
+
+
+def test_a_magnitude_that_is_not_a_number_is_named(tmp_path):
+    recipe = a_recipe("qwen3_vl", "dora")
+    run = learned(tmp_path / "run", recipe)
+    path = run.final / "adapter_model.safetensors"
+    weights = load_file(path)
+    name = next(name for name in weights if name.endswith("layers.1.self_attn.v_proj.lora_magnitude_vector"))
+    weights[name][3] = torch.nan
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(OmniError, match=r"layers\.1\.self_attn\.v_proj\.weight cannot be merged: NaNs detected"):
+        merge(recipe, run, MergeRequest(), QUIET)
+    assert not (run.folder / "merged").exists()
