@@ -85,6 +85,11 @@ def test_what_states_no_scale_is_not_scored_for_one():
     assert np.isfinite(errors["ade_2s"])
 
 
+def test_how_scales_fit_is_no_error_by_which_one_student_is_better():
+    assert {one.key for one in CAR.metrics if not one.is_error} == {"inside_50", "inside_90", "scale_m", "error_m"}
+    assert not any(one.is_drawn for one in CAR.metrics)
+
+
 # -- the constant baseline
 
 
@@ -199,3 +204,20 @@ def test_only_steps_that_count_are_drawn():
         truth = [column(row, "driven_xy_m")[step, at, axis] for row, step in drawn]
         np.testing.assert_array_equal(pair.truth, truth)
         np.testing.assert_array_equal(pair.predicted, np.add(truth, 1))
+
+
+# -- kinds of driving
+
+
+def test_windows_of_steps_are_told_apart_by_what_the_car_did_in_them():
+    def row(speeds, turn=0.0):
+        row = row_of(1)
+        row["speed_mps"], row["yaw_rate_radps"] = torch.tensor(speeds), torch.full((STEPS,), turn)
+        return row
+
+    steady, slowing = [9.0] * STEPS, [9.0, 8.6, 8.2, 7.8]  # 0.6 s: 2 m/s^2
+    rows = [row(steady), row(steady, 0.1), row(steady, -0.1), row(slowing), row([0.1] * STEPS)]
+    by_manoeuvre, by_speed = CAR.strata(rows)
+    names = [by_manoeuvre.names[one] for one in by_manoeuvre.of]
+    assert names == ["straight", "left", "right", "braking", "standing"]
+    assert [by_speed.names[one] for one in by_speed.of] == [*["7 to 14 m/s"] * 4, "under 2 m/s"]

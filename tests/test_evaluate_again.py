@@ -51,7 +51,7 @@ def test_the_same_question_is_answered_by_the_sealed_report(made, original, caps
     assert result["report"] == str(made.run.folder / EVAL / "report.html")
     measured = files.read_json(original.run.folder / EVAL / REPORT_FILE)
     assert {**result, "run": measured["run"]} == {
-        **measured, "report": result["report"], "pictures": result["pictures"]
+        **measured, "report": result["report"], "pictures": result["pictures"], "answers": result["answers"]
     }  # fmt: skip
 
 
@@ -90,7 +90,7 @@ def test_one_short_recording_has_no_swapped_control_and_says_so(made, capsys):
     result = evaluate(made.recipe, made.run, SEEING, Console())
     assert "no control with swapped pictures: all windows are of 5 s of one recording" in capsys.readouterr().err
     names = [condition["name"] for condition in result["conditions"]]
-    assert names == ["model", "first frame repeated", "constant median"]
+    assert names == ["model", "first frame repeated", "time shuffled", "constant median"]
 
 
 def cut_by_time(made, folder):

@@ -32,6 +32,18 @@ def report(**values: float | None) -> dict:
         ({"model": 1.0, "pictures_swapped": 1.04, "constant_velocity": 2.0}, ["the answers hardly depend on"]),
         ({"model": 1.0, "pictures_swapped": 0.5, "constant_velocity": 2.0}, ["the answers hardly depend on"]),
         ({"model": 2.0, "pictures_swapped": 4.0, "constant_velocity": 2.0}, ["no better than constant velocity"]),
+        (
+            {"model": 1.0, "pictures_swapped": 3.0, "cameras_shuffled": 1.02, "time_shuffled": 0.9},
+            [
+                "the order of the frames hardly matters to it, which a model of motion would need: ADE 2 s is 1.00 m",
+                "which camera sees what hardly matters to it: ADE 2 s is 1.00 m, and 1.02 with cameras shuffled",
+            ],
+        ),
+        ({"model": 1.0, "pictures_swapped": 3.0, "cameras_shuffled": 1.2, "time_shuffled": 1.2}, []),
+        (  # of pictures that hardly matter, neither does their order
+            {"model": 1.0, "pictures_swapped": 1.0, "cameras_shuffled": 1.0, "time_shuffled": 1.0},
+            ["the answers hardly depend on the pictures"],
+        ),
     ],
 )
 def test_a_model_that_needs_no_pictures_is_told(values, said):
@@ -43,6 +55,10 @@ def test_without_intervals_it_says_why():
     one = report(model=0.8, pictures_swapped=3.2, constant_velocity=2.0)
     one["conditions"][0]["ade_2s_interval"], one["recordings"] = None, 1
     assert verdicts(one, METRIC) == ["no intervals: they need several recordings, this is 1"]
+    one["recordings"] = 50
+    assert verdicts(one, METRIC) == ["no intervals: they need several recordings, of 50 one alone counts in it"]
+    one["conditions"][0]["ade_2s"] = None  # it counts in none: nothing is to be said of how sure it is
+    assert verdicts(one, METRIC) == []
 
 
 def test_a_model_that_said_nothing_is_told_first_and_is_not_judged():

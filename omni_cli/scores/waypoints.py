@@ -28,6 +28,12 @@ def displacement_errors(
     return np.cumsum(distance, axis=1)[:, steps - 1] / steps, distance[:, steps - 1]
 
 
+def path_lengths(path_m: Float64Array) -> Float64Array:
+    """Return how long paths (n, 64, 2) that begin at the rig are (n,), in metres."""
+    steps = np.diff(path_m, axis=1, prepend=np.zeros_like(path_m[:, :1]))
+    return np.asarray(np.linalg.norm(steps, axis=-1).sum(axis=1))
+
+
 def arcs(speed_mps: Float64Array, yaw_rate_radps: Float64Array, num: int) -> Float64Array:
     """Return the paths (n, num, 2) of cars that keep their speed (n,) and their yaw rate (n,), left positive.
 

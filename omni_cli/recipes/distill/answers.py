@@ -7,8 +7,10 @@ import numpy as np
 
 from omni_cli.formats.driving_model import NUM_POINTS, T_IDXS_S
 from omni_cli.recipe import Metric, Pair, Prediction, Row
+from omni_cli.samples.model_steps import STEP_RATE_HZ
 from omni_cli.scene.clock import Float64Array
 from omni_cli.scores import paths
+from omni_cli.scores.strata import Strata, motion_strata, per_second
 
 CONSTANT_VELOCITY = "constant velocity"
 _SHOWN = (("ade", 2.0), ("ade", 5.0))
@@ -16,10 +18,10 @@ _BESIDE_TEACHER_S = (2.0, 5.0)
 _ERRORS = ("ade", "fde")
 _LINES = (4, NUM_POINTS, 2)
 _SCALES = (
-    Metric("inside_50", "share inside the 50 % interval", "", is_shown=False),
-    Metric("inside_90", "share inside the 90 % interval", "", is_shown=False),
-    Metric("scale_m", "predicted scale", "m", is_shown=False),
-    Metric("error_m", "absolute error, which the scale should equal", "m", is_shown=False),
+    Metric("inside_50", "share inside the 50 % interval", "", is_shown=False, is_error=False),
+    Metric("inside_90", "share inside the 90 % interval", "", is_shown=False, is_error=False),
+    Metric("scale_m", "predicted scale", "m", is_shown=False, is_error=False),
+    Metric("error_m", "absolute error, which the scale should equal", "m", is_shown=False, is_error=False),
 )
 
 
@@ -90,6 +92,14 @@ def baselines(
     if has_teacher:
         said["teacher"] = [Prediction("", teacher_values(row)) for row in rows]
     return said
+
+
+def strata(rows: Sequence[Row]) -> tuple[Strata, Strata]:
+    """Return windows by what the car did during their steps, and by its speed at the last."""
+    speeds, turns = (np.stack([_array(row, name) for row in rows]) for name in ("speed_mps", "yaw_rate_radps"))
+    duration_s = np.full(len(rows), (speeds.shape[1] - 1) / STEP_RATE_HZ)
+    acceleration_mps2 = per_second(speeds[:, -1] - speeds[:, 0], duration_s)
+    return motion_strata(speeds.mean(axis=1), acceleration_mps2, turns.mean(axis=1), speeds[:, -1])
 
 
 def teacher_values(row: Row) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What an answer in numbers states, how wrong it is, and what it must beat."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any, Protocol
 
@@ -9,10 +9,12 @@ import numpy as np
 
 from omni_cli.recipe import Metric, Pair, Prediction, Row, Stroke
 from omni_cli.samples.sync import PlannedWindow
-from omni_cli.scene.clock import Float64Array
+from omni_cli.scene.clock import MICROSECONDS_PER_SECOND, Float64Array
 from omni_cli.scene.recording import Recording
+from omni_cli.scores import strata
 from omni_cli.scores.baselines import constant_velocity
 from omni_cli.scores.metrics import absolute_errors
+from omni_cli.scores.strata import Strata
 
 CONSTANT = "constant median"
 _QUANTITIES = {"mean_speed_mps": ("speed", "m/s"), "displacement_m": ("displacement", "m")}  # title, unit
@@ -36,6 +38,12 @@ class Answers(Protocol):
 
     def baselines(self, rows: Sequence[Row], medians: Medians, *, past_speed: bool) -> dict[str, list[Prediction]]:
         """Return what needs no picture, by name; `past_speed`: the prompt tells the speed at the first instant."""
+
+    def strata(self, rows: Sequence[Row]) -> tuple[Strata, ...]:
+        """Return windows by manoeuvre and by speed."""
+
+    def drawn_metrics(self, count: int) -> dict[str, Metric]:
+        """Return how the best of several drawn answers is scored, by the key of the metric it is the best of."""
 
     def pairs(self, predictions: Sequence[Prediction], rows: Sequence[Row]) -> tuple[Pair, ...]:
         """Return what is worth drawing."""
@@ -96,6 +104,23 @@ class Quantities:
             said["constant velocity"] = [Prediction("", constant_velocity(row, self.columns)) for row in rows]
         return said
 
+    def strata(self, rows: Sequence[Row]) -> tuple[Strata, ...]:
+        """Return windows by what the car did in them, and by its mean speed."""
+        mean_mps, start_mps, turn_rad = (
+            column(rows, name) for name in ("mean_speed_mps", "start_speed_mps", "dyaw_rad")
+        )
+        duration_s = (column(rows, "end_us") - column(rows, "start_us")) / MICROSECONDS_PER_SECOND
+        acceleration_mps2 = strata.mean_acceleration(start_mps, mean_mps, duration_s)
+        yaw_rate_radps = strata.per_second(turn_rad, duration_s)
+        return strata.motion_strata(mean_mps, acceleration_mps2, yaw_rate_radps, mean_mps)
+
+    def drawn_metrics(self, count: int) -> dict[str, Metric]:
+        """Return the smallest error of each quantity."""
+        return {
+            one.key: replace(one, key=f"min_{one.key}_of_{count}", title=f"{one.title}, best of {count}", is_drawn=True)
+            for one in self.metrics
+        }
+
     def pairs(self, predictions: Sequence[Prediction], rows: Sequence[Row]) -> tuple[Pair, ...]:
         """Return each quantity as predicted and as it was."""
         values = [prediction.values for prediction in predictions]
@@ -134,3 +159,8 @@ class Quantities:
     ) -> tuple[Stroke, ...]:
         """Nothing: numbers are a text."""
         return ()
+
+
+def column(rows: Sequence[Row], name: str) -> Float64Array:
+    """Return one number of each row (n,)."""
+    return np.array([row[name] for row in rows], dtype=float)

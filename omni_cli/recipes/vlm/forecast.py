@@ -1,20 +1,22 @@
 """What an answer says of the way ahead: a path, and maybe a reason; how wrong it is, and what it must beat."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from omni_cli.recipe import Metric, Pair, Prediction, Row, Stroke
-from omni_cli.recipes.vlm.answers import CONSTANT, Medians
+from omni_cli.recipes.vlm.answers import CONSTANT, Medians, column
 from omni_cli.samples.reasoning import usable_texts
 from omni_cli.samples.sync import PlannedWindow
 from omni_cli.samples.waypoints import NUM_FUTURE, NUM_HISTORY, known_waypoints
 from omni_cli.scene.clock import Float64Array
 from omni_cli.scene.ground_paths import path_runs
 from omni_cli.scene.recording import Recording
+from omni_cli.scores import strata
 from omni_cli.scores import waypoints as scores
+from omni_cli.scores.strata import Strata
 from omni_cli.scores.texts import words_off
 
 _SHOWN = (("ade", 3.0), ("ade", 6.4), ("fde", 6.4))
@@ -72,6 +74,25 @@ class Forecast:
         }
         return {name: [Prediction("", {"xy_m": path}) for path in of_all] for name, of_all in paths.items()}
 
+    def strata(self, rows: Sequence[Row]) -> tuple[Strata, ...]:
+        """Return windows by what the car does in the 6.4 s after them, and by its speed as these begin."""
+        now_mps, futures = column(rows, "end_speed_mps"), _truths(rows)
+        duration_s = np.full(len(rows), NUM_FUTURE * scores.STEP_S)
+        mean_mps = strata.per_second(scores.path_lengths(futures), duration_s)
+        turn_rad = np.array([float(row["future_yaw_rad"][-1]) for row in rows])
+        acceleration_mps2 = strata.mean_acceleration(np.abs(now_mps), mean_mps, duration_s)
+        return strata.motion_strata(mean_mps, acceleration_mps2, strata.per_second(turn_rad, duration_s), now_mps)
+
+    def drawn_metrics(self, count: int) -> dict[str, Metric]:
+        """Return minADE_k and minFDE_k at each horizon."""
+        paths = [metric for metric in self.metrics if metric is not _WORDS_OFF]
+        return {
+            one.key: replace(
+                one, key=f"min_{one.key}_of_{count}", title=f"min{_of_count(one.title, count)}", is_drawn=True
+            )
+            for one in paths
+        }
+
     def pairs(self, predictions: Sequence[Prediction], rows: Sequence[Row]) -> tuple[Pair, ...]:
         """Return where the car is after three seconds."""
         truth = _truths(rows)[:, _DRAWN]
@@ -127,6 +148,12 @@ class Forecast:
 
 def _truths(rows: Sequence[Row]) -> Float64Array:
     return np.array([np.asarray(row["future_xyz_m"], np.float64).reshape(-1, 3)[:, :2] for row in rows])
+
+
+def _of_count(title: str, count: int) -> str:
+    """Return `ADE_6 3 s` of `ADE 3 s`."""
+    name, _, horizon = title.partition(" ")
+    return f"{name}_{count} {horizon}"
 
 
 def _median_path(medians: Medians) -> Float64Array:

@@ -90,7 +90,12 @@ def learn(recipe: Any, lesson: Lesson, data: Path, request: DemoRequest, story: 
         train(recipe, TrainRequest(shards, data, runs_folder, lesson.run, PROFILE), console)
     twin = "; a twin is trained blind" if lesson.blind else ""
     with story.tell("eval", f"on held-out drives, beside controls that must fail{twin}"):
-        return evaluate(recipe, runs.open_finished(runs_folder / lesson.run), EvalRequest(blind=lesson.blind), console)
+        return evaluate(
+            recipe,
+            runs.open_finished(runs_folder / lesson.run),
+            EvalRequest(blind=lesson.blind, controls="basic"),
+            console,
+        )
 
 
 def export_model(recipe: Any, run: runs.Run, purpose: str, story: Story) -> dict[str, Any]:
