@@ -17,6 +17,7 @@ from omni_cli.stages import models, runs
 from omni_cli.stages.export import ExportRequest, compare_outputs, export, parse_batches
 from tests.support.pipeline import QUIET, Made, make_run, tiny_recipe, write_synthetic
 
+VIDEO_TOKEN = prompts.video_token("qwen2_5_vl")
 RUNS = {"qwen2_5_vl": "full", "qwen3_vl": "lora"}
 
 
@@ -118,7 +119,7 @@ def test_the_chat_template_renders_our_prompt(made, for_the_hub):
     message = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}
     tokenizer = AutoTokenizer.from_pretrained(for_the_hub)
     rendered = tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
-    assert rendered.count(prompts.VIDEO_TOKEN) == 1
+    assert rendered.count(VIDEO_TOKEN) == 1
     assert with_one_placeholder(prompts.render_prompt(preprocess, 3.0)) == with_one_placeholder(rendered)
     system = {"role": "system", "content": "Other."}
     other = tokenizer.apply_chat_template([system, message], add_generation_prompt=False, tokenize=False)
@@ -128,8 +129,8 @@ def test_the_chat_template_renders_our_prompt(made, for_the_hub):
 
 def with_one_placeholder(text: str) -> str:
     """Return a prompt with all that a processor puts in a video's place as one word."""
-    pads = rf"<\|vision_start\|>(?:{re.escape(prompts.VIDEO_TOKEN)})+<\|vision_end\|>"
-    return re.sub(rf"(?:(?:<[\d.]+ seconds>)?{pads})+|{re.escape(prompts.VIDEO_TOKEN)}", "VIDEO", text)
+    pads = rf"<\|vision_start\|>(?:{re.escape(VIDEO_TOKEN)})+<\|vision_end\|>"
+    return re.sub(rf"(?:(?:<[\d.]+ seconds>)?{pads})+|{re.escape(VIDEO_TOKEN)}", "VIDEO", text)
 
 
 def test_the_hubs_own_processor_makes_the_same_inputs(made, for_the_hub):

@@ -1,7 +1,8 @@
 """Data under a licence that ends, forbids copies elsewhere, and asks to know where every copy lies.
 
-Source: NVIDIA Autonomous Vehicle Dataset License Agreement, 4.6 (no redistribution, no derivative works), 4.8 (keep
-track of copies), 4.9 and 8 (ends 12 months after the first download; then destroy all copies).
+Source: NVIDIA Autonomous Vehicle Dataset License Agreement, 3 (results of benchmarking are confidential), 4.6 (no
+redistribution, no derivative works), 4.8 (keep track of copies), 4.9 and 8 (ends 12 months after the first download;
+then destroy all copies).
 """
 
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from omni_cli.stages.ledger import SHARDS, register_copy
 
 SOURCE = "physical_ai_av"  # the one source whose licence ends
 _ENDING = frozenset({LICENCE})
+_FORBIDDEN = "its section 4.6 forbids redistribution and derivative works, its section 3 to tell results"
 
 
 def check_push(provenance_licences: Iterable[str], override: str | None) -> None:
@@ -27,12 +29,22 @@ def check_push(provenance_licences: Iterable[str], override: str | None) -> None
     Raises:
         UsageError: one of the licences forbids it, and the override does not name that one.
     """
-    for licence in sorted(_ENDING.intersection(provenance_licences)):
+    for licence in forbidding(provenance_licences):
         if override != licence:
             raise UsageError(
-                f"made of data under the {licence}, which forbids to publish them or what is derived from them; "
-                f"if you have the right all the same, name the licence: {licence!r}"
+                f"made of data under the {licence}: {_FORBIDDEN}; nothing is pushed, to a private repository neither; "
+                f'if its licensor gave you the right, name the licence: --licence "{licence}"'
             )
+
+
+def forbidding(licences: Iterable[str]) -> tuple[str, ...]:
+    """Return those licences that forbid to share what is made of the data: of several, the strictest counts."""
+    return tuple(sorted(_ENDING.intersection(licences)))
+
+
+def implied(source: str) -> tuple[str, ...]:
+    """Return the licence of a source's data where nothing was noted of it; none of what users recorded themselves."""
+    return (LICENCE,) if source == SOURCE else ()
 
 
 def ends(licence: str) -> bool:
@@ -50,7 +62,7 @@ def register_shards(data: Path, source: str, raw: Path, out: Path) -> None:
         out: the shard folder.
     """
     facts = _facts(source, raw)
-    licence = str(facts.get("licence", LICENCE if source == SOURCE else ""))
+    licence = str(facts.get("licence", "".join(implied(source))))
     if ends(licence):
         register_copy(data, source, out, SHARDS, repository=str(facts.get("repository", REPOSITORY)), licence=licence,
                       revision=str(facts.get("revision", "unknown")), since=facts.get("first_fetched"))  # fmt: skip

@@ -6,13 +6,15 @@ MODEL.receipt.json   written last: every file with its size and hash
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from pydantic import Field
 
 from omni_cli import files
 from omni_cli.config import Layer, Settings, read_document, resolve
@@ -20,11 +22,12 @@ from omni_cli.errors import DataError, OmniError, UsageError
 from omni_cli.models.host_memory import keep_freed_blocks
 from omni_cli.recipe import Trainable
 from omni_cli.samples.preprocess import Preprocess
-from omni_cli.stages import runs
+from omni_cli.stages import run_file, runs
 from omni_cli.stages.disk import writing
+from omni_cli.stages.origins import origin_of
 
 FORMAT = 1
-CARD_FILE = "omni.json"
+CARD_FILE = run_file.MODEL_CARD
 ONNX_CARD = "programs.json"  # of a folder of exported programs
 HERE = "."  # in the card's settings: the model is the folder that the card lies in
 _WHAT_IT_IS = {
@@ -43,6 +46,9 @@ class ModelCard(Settings):
     preprocess: Preprocess
     from_run: str
     base_fingerprint: str
+    parity: dict[str, Any] = Field(default_factory=dict)  # of the merge that it comes from
+    source: str = ""  # of all data that led to it, of its base's too; empty: not known, as of models of omni 0.5
+    licences: tuple[str, ...] = ()  # noted of those
 
 
 @dataclass(frozen=True)
@@ -58,20 +64,27 @@ class ModelFolder:
         return resolve(schema, [Layer(str(self.folder / CARD_FILE), settings)]).value
 
 
-def write_model_card(folder: Path, recipe: Any, run: runs.Run) -> None:
+def write_model_card(
+    folder: Path, recipe: Any, run: runs.Run, parity: Mapping[str, Any] = MappingProxyType({})
+) -> None:
     """Write the card of a whole model that a run led to.
 
     Args:
         folder: of the model.
         recipe: the run's.
         run: where the weights come from.
+        parity: how near they are to what the run learned, where that was merged.
     """
+    origin = origin_of(run)
     card = ModelCard(
         recipe=run.manifest.recipe,
         settings=recipe.of_whole_model(HERE).model_dump(mode="json"),
         preprocess=run.manifest.preprocess,
         from_run=run.name,
         base_fingerprint=run.manifest.base_fingerprint,
+        parity=dict(parity),
+        source=origin.source,
+        licences=origin.licences,
     )
     files.write_json(folder / CARD_FILE, card.model_dump(mode="json"))
 
@@ -106,22 +119,33 @@ def publish_folder(folder: Path, doing: str) -> Iterator[tuple[Path, dict[str, A
         raise UsageError(f"{folder}: holds what run {folder.parent.name} has learned; choose another folder with --out")
     if folder.exists() and not _may_be_replaced(folder):
         raise UsageError(f"{folder}: is there and omni did not make it; choose another folder with --out")
+    with held(folder, doing) as work:
+        files.remove_leftovers(folder.parent)  # a kill may have left half of its receipt
+        made, old = work / "made", work / "old"
+        for leftover in (made, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        made.mkdir()
+        facts: dict[str, Any] = {}
+        with writing(made):
+            yield made, facts
+        _take_place(made, folder, old)
+        with writing(folder):
+            runs.seal_folder(folder, **facts)
+
+
+@contextmanager
+def held(folder: Path, doing: str) -> Iterator[Path]:
+    """Hold a folder that is published, or is to be; yield one beside it for what is on the way.
+
+    Raises:
+        OmniError: another process is at it.
+    """
     work = folder.with_name(f".{folder.name}.partial")
     with files.exclusive(work, doing):
         if not (work / ".lock").exists():
             raise OmniError(f"another omni has just left {folder}; run the same command again")
         try:
-            files.remove_leftovers(folder.parent)  # a kill may have left half of its receipt
-            made, old = work / "made", work / "old"
-            for leftover in (made, old):
-                shutil.rmtree(leftover, ignore_errors=True)
-            made.mkdir()
-            facts: dict[str, Any] = {}
-            with writing(made):
-                yield made, facts
-            _take_place(made, folder, old)
-            with writing(folder):
-                runs.seal_folder(folder, **facts)
+            yield work
         finally:
             shutil.rmtree(work)  # with the lock still held: what is in it is ours
 

@@ -1,12 +1,17 @@
-"""The vision tower as ONNX holds it, and the noise that models are probed with."""
+"""The vision tower as ONNX holds it, what other tools read beside the weights, and the noise that models are asked."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from omni_cli.models import vision_tower
+from omni_cli import files
+from omni_cli.models import families, hub_files, qwen_vl, vision_tower
 from omni_cli.recipe import Program
+from omni_cli.recipes.vlm.about import VLLM_TEMPLATE
+from omni_cli.samples import prompts
+from omni_cli.samples.answer_formats import FORMATS
 from omni_cli.samples.tiling import TiledPreprocess
 
 PROBE_SEED = 20_260
@@ -24,3 +29,25 @@ def tower_program(model: Any, preprocess: TiledPreprocess, batch: int) -> Progra
 def noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Return uint8 pictures of noise."""
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+def write_served_files(folder: Path, preprocess: TiledPreprocess) -> None:
+    """Write what `AutoProcessor`, `generate` and vLLM read beside the weights of a model or an adapter.
+
+    Of Qwen3-VL, vLLM finds a video by the whole `<|vision_start|><|video_pad|><|vision_end|>` and puts marked frames
+    in its place (vllm/model_executor/models/qwen3_vl.py, `_get_prompt_updates`; issue 46817); transformers replaces
+    the `<|video_pad|>` alone and keeps the marks around it. Training knows no marks around: so each has a template.
+    """
+    canvas_px = (preprocess.canvas_width_px, preprocess.canvas_height_px)
+    family = families.FAMILIES[preprocess.vision.family]
+    hub_files.write_processor_config(folder, family, canvas_px=canvas_px, num_frames=preprocess.num_frames)
+    tokenizer, template = qwen_vl.load_tokenizer(str(folder)), prompts.chat_template(preprocess)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    end = tokenizer.convert_tokens_to_ids(prompts.ANSWER_END)
+    most = FORMATS[preprocess.labels].max_tokens
+    hub_files.write_generation_config(folder, end=end, pad=tokenizer.pad_token_id, most=most)
+    if preprocess.vision.family == "qwen3_vl":
+        video = prompts.video_token("qwen3_vl")
+        marked = template.replace(video, f"<|vision_start|>{video}<|vision_end|>")
+        files.write_text(folder / VLLM_TEMPLATE, marked)
