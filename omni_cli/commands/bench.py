@@ -42,6 +42,7 @@ def command(
     On the newest data, shards and run that fit the profile; where there are none, on a small synthetic drive. Timings
     are synchronised, warmed up and repeated; what is compared runs in turn in one process. `etl` stands beside a bare
     decoder and the prototypes' way, and where the data are easier to decode than 1080p at 10 Mb/s, on a texture too.
+    `train` takes its steps in turn with stock TRL, on the same rows from the same weights.
     `export` is latency: the run in torch, its ONNX programs on every provider that ONNX Runtime has here, and its
     teacher's; by batch size, host to host and device only.
     """

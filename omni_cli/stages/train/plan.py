@@ -1,19 +1,29 @@
 """`omni train --dry-run`: what a training would be, on this machine or another."""
 
 import math
+import statistics
+from collections.abc import Mapping
 from typing import Any
 
 from omni_cli.errors import DataError, UsageError
 from omni_cli.recipe import ModelSize, TrainSettings
 from omni_cli.report import Console
-from omni_cli.stages import disk
+from omni_cli.stages import disk, locate, runs
+from omni_cli.stages.checkpoints import read_history
 from omni_cli.stages.fitting import short
+from omni_cli.stages.train.forecast import Memory, check_fits, forecast
 from omni_cli.stages.train.request import TrainRequest
 from omni_cli.stages.train.shards import chosen_shards
 
+_OF_A_STEP = ("batch_size", "accumulation", "optimizer", "gradient_checkpointing")
+
 
 def dry_run(recipe: Any, request: TrainRequest, console: Console) -> dict[str, Any]:
-    """Say what a training would be, on this machine or another; touch nothing."""
+    """Say what a training would be, on this machine or another; touch nothing.
+
+    Raises:
+        UsageError: a step needs more memory than the profile's machine has.
+    """
     preprocess, settings = recipe.preprocess(), recipe.train
     size = recipe.size(preprocess)
     samples = settings.batch_size * settings.accumulation
@@ -24,13 +34,69 @@ def dry_run(recipe: Any, request: TrainRequest, console: Console) -> dict[str, A
         "samples_per_step": samples,
         "parameters": size.weights,
         "trainable_parameters": size.learning,
-        "memory_without_activations_gib": round((size.weight_bytes + size.learning * 12) / 2**30, 2),
         **({"notes": size.notes} if size.notes else {}),
     }
+    machine = request.machine
+    memory = forecast(recipe, preprocess, on_gpu=machine is not None and machine.accelerator != "cpu")
+    facts |= _planned_memory(size, recipe, memory)
     facts |= _planned_steps(recipe, request, console)
     facts |= _planned_disk(size, recipe, facts.get("steps"))
+    facts |= {"hours": _planned_hours(recipe, request, facts.get("steps"))}
     console.table(f"plan of omni train --profile {request.profile}", ("what", "value"), [*_readable(facts)])
+    if memory is not None and machine is not None:
+        console.say(check_fits(recipe, memory, machine, request.profile))
     return {"dry_run": True, **facts}
+
+
+def check_memory(recipe: Any, request: TrainRequest, console: Console) -> None:
+    """Refuse what the accelerator of a profile cannot hold, before an hour of etl and minutes of loading.
+
+    On a CPU nothing is foreseen: a tiny model fits, and to walk through a step takes as long as a few real ones.
+
+    Raises:
+        UsageError: a step needs more memory than the profile's machine has.
+    """
+    if request.machine is None or request.machine.accelerator == "cpu":
+        return
+    memory = forecast(recipe, recipe.preprocess(), on_gpu=True)
+    if memory is not None:
+        console.say(check_fits(recipe, memory, request.machine, request.profile))
+
+
+def _planned_memory(size: ModelSize, recipe: Any, memory: Memory | None) -> dict[str, Any]:
+    """Return the peak of a step and what it is made of; of a recipe that cannot foresee it, what is there without."""
+    if memory is None:
+        kept = disk.optimizer_bytes(size, recipe.tune.mode, recipe.train.optimizer)
+        return {"memory_without_activations_gib": _gib(size.weight_bytes + size.learning * 4 + kept)}
+    parts = {name: _gib(getattr(memory, name)) for name in ("weights", "gradients", "optimizer", "activations")}
+    tokens = {"tokens_per_sample": memory.tokens // recipe.train.batch_size} if memory.tokens else {}
+    return {**tokens, "memory_gib": {"peak": _gib(memory.peak), **parts}}
+
+
+def _gib(amount: float) -> float:
+    return round(amount / 2**30, 2)
+
+
+def _planned_hours(recipe: Any, request: TrainRequest, steps: int | None) -> float | str:
+    """Return how long the steps take at the pace of the newest finished run of this profile with steps like these."""
+    if steps is None:
+        return "unknown: it is not known how many steps there are"
+    for folder in locate.finished_runs(request.runs):
+        manifest = runs.open_run(folder).manifest
+        speeds = [line["samples_per_s"] for line in read_history(folder) if "samples_per_s" in line]
+        if speeds and manifest.profile == request.profile and _is_alike(manifest.settings, recipe):
+            samples: int = steps * recipe.train.batch_size * recipe.train.accumulation
+            return float(f"{samples / statistics.median(speeds) / 3600:.3g}")
+    return "unknown: no finished run of this profile, model and batch is here; omni bench train measures a step"
+
+
+def _is_alike(settings: Mapping[str, Any], recipe: Any) -> bool:
+    """Say whether a step of a run did what a step of this recipe will do."""
+    ours = recipe.model_dump(mode="json")
+    same = all(
+        settings.get(name) == ours.get(name) for name in ("model", "precision", "quantization", "sample", "tune")
+    )
+    return same and all(settings["train"][name] == ours["train"][name] for name in _OF_A_STEP)
 
 
 def _planned_disk(size: ModelSize, recipe: Any, steps: int | None) -> dict[str, int]:

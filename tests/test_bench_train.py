@@ -1,0 +1,125 @@
+"""`omni bench train`: our steps beside stock TRL's on the same rows, and how many operations a step needs."""
+
+import threading
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import set_seed
+
+from omni_cli.models import flops
+from omni_cli.models.qwen_vl import base_of, tower_is_frozen
+from omni_cli.report import Console
+from omni_cli.stages.bench import BenchRequest, bench
+from omni_cli.stages.bench.peak import _of_sheet, peak_of
+from omni_cli.stages.bench.turns import Turns
+from omni_cli.stages.etl import EtlRequest, etl
+from tests.support.pipeline import QUIET, tiny_recipe, write_synthetic
+
+FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("steps")
+    write_synthetic(folder / "data", cameras=("camera_front_wide_120fov",))
+    for family in FAMILIES:
+        recipe, own = tiny_recipe(family, cameras="1-cam"), folder / family / "shards" / "s"
+        etl(recipe, EtlRequest(data=folder / "data", out=own, workers=0), QUIET)
+    return folder
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stock_trl_learns_the_same_from_the_same_rows(data, tmp_path, family, mode, capsys):
+    """Six steps at accumulation 1 in float32; full tuning divides tiny gradients by their own size (Adam)."""
+    recipe = tiny_recipe(family, cameras="1-cam", mode=mode)
+    request = BenchRequest("train", data / family, tmp_path, "test", repeats=4)
+    part = bench(recipe, request, Console())["parts"]["train"]
+    assert part["largest_relative_loss_difference"] < 2e-5
+    assert "the losses of our steps and stock TRL's part by " in capsys.readouterr().err
+    lines, ratios = part["lines"], part["ratios"]
+    assert [line["repeats"] for line in lines.values()] == [4] * 10
+    assert ratios["stock TRL: step / step"] == pytest.approx(
+        lines["stock TRL: step"]["median_s"] / lines["step"]["median_s"]
+    )
+    rates = lines["step"]["per_second"]
+    assert ratios["MFU"] == pytest.approx(rates["GFLOP of the model"] / part["peak_gigaflops_per_s"])
+    assert part["peak"].startswith("measured in this run") or torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_operations_of_a_step_are_what_pytorch_counts(family, mode):
+    """PyTorch counts causal attention whole; the head is run where any row is scored; the rest agrees within 2 %."""
+    recipe = tiny_recipe(family, cameras="1-cam", mode=mode)
+    preprocess = recipe.preprocess()
+    set_seed(0)
+    built = recipe.build(preprocess)
+    built.model.train()
+    if mode != "full":
+        built.model.enable_input_require_grads()  # as gradient checkpointing needs it; else the first layer saves some
+    rows = recipe.probe_rows(built, preprocess)[:1]
+    counter = FlopCounterMode(display=False)
+    with counter, sdpa_kernel(SDPBackend.MATH):
+        recipe.loss(built.model, recipe.collate(rows, preprocess), preprocess).total.backward()
+    lengths = [len(row["input_ids"]) for row in rows]
+    scored = int((rows[0]["labels"] != -100).sum())
+    ours = flops.step_flops(built.model, lengths, scored, preprocess.grid)
+    assert counter.get_total_flops() == pytest.approx(ours.total + ours.attention, rel=0.02)
+    assert recipe.step_flops(built, rows, preprocess) == ours.total
+
+
+def test_the_rule_of_the_issue():
+    """4 P T for a frozen language model, 6 A T for its adapters, 2 P T for a frozen tower, 6 P T for what learns."""
+    adapted, whole = (tiny_recipe(mode=mode) for mode in ("lora", "full"))
+    counted = {}
+    for recipe in (adapted, whole):
+        built = recipe.build(recipe.preprocess())
+        counted[recipe.tune.mode] = flops.step_flops(built.model, [100], 0, (2, 8, 8))
+        language = base_of(built.model).model.language_model.layers
+        weights = sum(w.numel() for name, w in language.named_parameters() if w.ndim == 2 and "lora" not in name)
+        adapters = sum(w.numel() for name, w in language.named_parameters() if "lora" in name)
+        per_token = 6 * weights if recipe.tune.mode == "full" else 4 * weights + 6 * adapters
+        assert counted[recipe.tune.mode].language == 100 * per_token
+        assert tower_is_frozen(built.model) == (recipe.tune.mode == "lora")
+    assert counted["full"].tower_attention == 3 * counted["lora"].tower_attention
+    assert 2.4 < counted["full"].tower / counted["lora"].tower < 3
+
+
+def test_a_peak_is_faster_than_any_other_product(monkeypatch):
+    peak = peak_of(torch.float32)
+    assert peak.flops_per_s > 1e9
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    assert peak_of(torch.bfloat16).flops_per_s == 989.4e12
+
+
+@pytest.mark.parametrize("name", ["NVIDIA H200 NVL", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D"])
+def test_a_slower_card_of_the_same_chip_has_no_sheet(name):
+    assert _of_sheet(name) is None
+    assert _of_sheet("NVIDIA GeForce RTX 4090").flops_per_s == 165.2e12
+
+
+def test_turns_are_taken_two_steps_each_and_a_failure_ends_them_all():
+    turns, order = Turns(), []
+    turns.join("a"), turns.join("b")
+
+    def run(name, steps):
+        for _ in range(steps):
+            turns.wait(name)
+            order.append(name)
+            turns.step_done()
+        turns.leave(name, has_failed=False)
+
+    threads = [threading.Thread(target=run, args=arguments) for arguments in (("a", 3), ("b", 5))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=10)
+    assert "".join(order) == "aabbabbb"
+    turns.join("c"), turns.join("d")
+    turns.leave("c", has_failed=True)
+    turns.wait("d")
+    assert turns.is_over

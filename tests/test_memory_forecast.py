@@ -1,0 +1,158 @@
+"""`omni train --dry-run` foresees the memory of a step: held against what a process really took."""
+
+import os
+import statistics
+import subprocess
+import sys
+
+import pytest
+
+from omni_cli.config import resolve
+from omni_cli.errors import UsageError
+from omni_cli.profiles import Machine, load_profile
+from omni_cli.recipes.vlm import Vlm
+from omni_cli.recipes.vlm.settings import VlmSample
+from omni_cli.stages.checkpoints import read_history
+from omni_cli.stages.train import TrainRequest, train
+from omni_cli.stages.train.forecast import Memory, check_fits, forecast
+from tests.support.pipeline import QUIET, make_run, tiny_recipe, write_synthetic
+
+_MIB = 2**20
+_ALLOWED = 0.2  # of what was measured
+
+
+def large(family="qwen2_5_vl", mode="full", *, window=16, canvas_px=336, cameras="1-cam", **train_changes):
+    """Return a tiny model's recipe whose activations dwarf its weights."""
+    base = tiny_recipe(family, mode=mode)
+    sample = VlmSample(cameras=cameras, window=window, stride=window, canvas_px=canvas_px)
+    return base.model_copy(update={"sample": sample, "train": base.train.model_copy(update=train_changes)})
+
+
+def foreseen(recipe, **changes) -> Memory:
+    memory = forecast(recipe, recipe.preprocess(), **{"on_gpu": False, **changes})
+    assert memory is not None
+    return memory
+
+
+def measured_bytes(recipe) -> int:
+    """Return by how much a process grew; the C library gives large blocks back at once: none counts twice."""
+    given_back = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, "-m", "tests.support.step_memory", recipe.model_dump_json()]
+    done = subprocess.run(command, env={**os.environ, **given_back}, capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+def assert_foreseen(recipe, at_least_mib: int) -> None:
+    taken, memory = measured_bytes(recipe), foreseen(recipe)
+    assert taken > at_least_mib * _MIB  # enough to tell it from what a process has anyway
+    assert memory.peak == pytest.approx(taken, rel=_ALLOWED)
+
+
+def test_what_a_step_takes_is_foreseen_within_a_fifth():
+    assert_foreseen(large(batch_size=2), 100)
+
+
+@pytest.mark.marathon
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_what_larger_steps_take_is_foreseen_within_a_fifth(family, mode, is_checkpointed):
+    changes = {"batch_size": 6, "gradient_checkpointing": is_checkpointed, "accumulation": 2}
+    assert_foreseen(large(family, mode, canvas_px=504, **changes), 200)
+
+
+@pytest.mark.marathon
+def test_what_a_window_of_64_frames_takes_is_foreseen_within_a_fifth():
+    assert_foreseen(large(window=64, canvas_px=504, batch_size=1, gradient_checkpointing=True), 200)
+
+
+@pytest.mark.marathon
+def test_what_65536_packed_tokens_take_is_foreseen_within_a_fifth():
+    recipe = large(window=64, canvas_px=560, batch_size=9, mode="lora", gradient_checkpointing=True)
+    assert foreseen(recipe).tokens >= 65_536
+    assert_foreseen(recipe, 1000)
+
+
+def test_what_is_foreseen_follows_the_settings():
+    """And none of it is taken: the first step would need more than most machines have."""
+    assert foreseen(large(window=64, canvas_px=1400, batch_size=16)).peak > 64 << 30
+    recipe = large(batch_size=2)
+    plain = foreseen(recipe)
+    assert foreseen(large(batch_size=2, gradient_checkpointing=True)).activations < 0.8 * plain.activations
+    assert foreseen(large(mode="lora", batch_size=2)).activations < 0.6 * plain.activations
+    model = recipe.build(recipe.preprocess()).model
+    weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    assert (plain.weights, plain.optimizer) == (weights, 2 * weights)
+    assert foreseen(large(batch_size=2, accumulation=2)).gradients == weights
+    assert foreseen(large(batch_size=4)).activations == pytest.approx(2 * plain.activations, rel=0.02)
+
+
+def test_the_larger_of_the_backward_pass_and_the_optimisers_step_counts():
+    recipe = tiny_recipe(cameras="1-cam")
+    small = recipe.train.model_copy(update={"batch_size": 1, "optimizer": "adamw_torch"})
+    memory = foreseen(recipe.model_copy(update={"train": small}))
+    assert memory.gradients == memory.weights == memory.activations == memory.optimizer / 2  # copies of the gradients
+
+
+def window_tokens(recipe) -> int:
+    preprocess = recipe.preprocess()
+    return len(recipe.probe_rows(recipe.build(preprocess), preprocess)[0]["input_ids"])
+
+
+@pytest.fixture
+def tight():
+    return Machine(accelerator="cuda", memory_gib=0.1, precision="float32")
+
+
+def test_what_does_not_fit_is_refused_with_what_would(tmp_path, tight):
+    recipe = large(batch_size=8)
+    request = TrainRequest(None, tmp_path, tmp_path, "r", "small", dry_run=True, machine=tight)
+    with pytest.raises(UsageError, match=r"needs about .* GiB at its peak, profile small has 0.1 GiB; ") as refusal:
+        train(recipe, request, QUIET)
+    assert "--set train.gradient_checkpointing=true takes less, or --set tune.mode=lora takes less" in str(
+        refusal.value
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_batch_that_is_said_to_fit_does(tight):
+    recipe, machine = large(batch_size=8), tight.model_copy(update={"memory_gib": 0.5})
+    with pytest.raises(UsageError, match=r"--set train.batch_size=\d+ would fit") as refusal:
+        check_fits(recipe, foreseen(recipe), machine, "p")
+    batch = int(str(refusal.value).split("batch_size=")[1].split()[0])
+    fitting = large(batch_size=batch)
+    assert "at its peak, profile p has 0.5 GiB" in check_fits(fitting, foreseen(fitting), machine, "p")
+    larger = large(batch_size=batch + 1)
+    with pytest.raises(UsageError):
+        check_fits(larger, foreseen(larger), machine, "p")
+
+
+def test_a_training_that_cannot_fit_its_accelerator_does_not_begin(tmp_path, tight):
+    """A mistake of a profile's user: before etl, and before a model is loaded."""
+    request = TrainRequest(None, tmp_path, tmp_path, "r", "small", machine=tight)
+    with pytest.raises(UsageError, match=r"profile small has 0\.1 GiB"):
+        train(large(batch_size=8), request, QUIET)
+    assert not list(tmp_path.iterdir())
+
+
+def test_hours_are_those_of_a_run_whose_steps_did_the_same(tmp_path):
+    recipe = tiny_recipe(cameras="1-cam")
+    write_synthetic(tmp_path / "data", cameras=("camera_front_wide_120fov",))
+    made = make_run(tmp_path, recipe, data=tmp_path / "data")
+    longer = recipe.model_copy(update={"train": recipe.train.model_copy(update={"max_steps": 3_600_000})})
+    request = TrainRequest(made.shards, made.data, tmp_path / "runs", "other", "test", dry_run=True)
+    plan = train(longer, request, QUIET)
+    speeds = [line["samples_per_s"] for line in read_history(made.run.folder) if "samples_per_s" in line]
+    assert plan["hours"] == pytest.approx(1000 * recipe.train.batch_size / statistics.median(speeds), rel=0.01)
+    assert plan["tokens_per_sample"] == window_tokens(recipe)
+    other = longer.model_copy(update={"train": longer.train.model_copy(update={"batch_size": 3})})
+    assert train(other, request, QUIET)["hours"].startswith("unknown: no finished run of this profile, model and batch")
+
+
+@pytest.mark.marathon
+@pytest.mark.parametrize("name", ["mi300x-bf16", "mi300x-4bit", "h200-bf16", "dgx-spark", "rtx4090-4bit", "cpu-tiny"])
+def test_a_shipped_profile_fits_its_machine(name):
+    profile = load_profile(name)
+    recipe = resolve(Vlm, [profile.recipe_layer("vlm")]).value
+    memory = foreseen(recipe, on_gpu=profile.machine.accelerator != "cpu")
+    assert check_fits(recipe, memory, profile.machine, name)
