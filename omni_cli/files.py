@@ -129,8 +129,9 @@ def read_json(path: Path) -> Any:
 
 
 def receipt_path(path: Path) -> Path:
-    """Return where the receipt of an artefact lies."""
-    return path.with_name(path.name + RECEIPT_SUFFIX)
+    """Return where the receipt of an artefact lies: beside it, of `.` too."""
+    named = path if path.name not in ("", "..") else path.resolve()
+    return named.with_name(named.name + RECEIPT_SUFFIX)
 
 
 def commit(path: Path, write: Callable[[BinaryIO], None], **facts: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from types import MappingProxyType
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 
 import omni_cli
 from omni_cli import recipe as contract
@@ -23,6 +24,7 @@ from omni_cli.recipe import (
     Inferable,
     Mergeable,
     Sampled,
+    SelfTested,
     Taught,
     Tokenized,
     Trainable,
@@ -237,7 +239,9 @@ def test_eval_puts_the_model_beside_controls_baselines_and_its_reference(made):
     known = [dataset.row(index) for index in range(len(dataset))]
     baselines = list(made.recipe.baselines(known, made.run.learned().medians))
     controls = ["pictures swapped", "first frame repeated"]
-    assert list(rows) == ["model", *controls, "trained blind", *baselines]
+    if len(made.recipe.preprocess().views) > 1 and made.recipe.name == "vlm":
+        controls.append("cameras shuffled")
+    assert list(rows) == ["model", *controls, "time shuffled", "trained blind", *baselines]
     assert [row for row in rows.values() if row["name"] != "trained blind"] == sighted["conditions"]
     assert report["reference"] in baselines
     assert report["windows"] == len(dataset)
@@ -352,6 +356,20 @@ def test_every_part_is_measured_on_its_own_data_and_run(made):
     for part in ("train", "infer"):
         rates = next(iter(parts[part]["lines"].values()))["per_second"]
         assert units.keys() < rates.keys()
+
+
+@drives(SelfTested)
+def test_a_model_is_tried_on_its_own_windows_and_stays_as_it_was(made):
+    built, dataset = made.adapting.build(made.recipe.preprocess()), made.dataset("train")
+    modes = {name: number % 2 == 0 for number, (name, _) in enumerate(built.model.named_modules())}
+    for name, module in built.model.named_modules():
+        module.training = modes[name]
+    state = torch.get_rng_state()
+    assert made.adapting.self_test(built, dataset)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {name: module.training for name, module in built.model.named_modules()} == modes
+    alone = made.adapting.train.model_copy(update={"batch_size": 1})
+    assert made.adapting.model_copy(update={"train": alone}).self_test(built, dataset) == ""
 
 
 @drives(Taught)

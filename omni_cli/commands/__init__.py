@@ -18,7 +18,7 @@ VERBS: Mapping[str, str] = {  # in the order of the work, then those that serve 
     "audit": "Find and name what is wrong with data before it is learned from.",
     "etl": "Turn recordings into shards of windows with true timestamps.",
     "train": "Train on shards; killed and run again, it continues bit for bit.",
-    "eval": "Measure a run on recordings it never saw, beside controls.",
+    "eval": "Measure runs and models on recordings they never saw, beside controls.",
     "merge": "Fold a run's adapter into its base, once the logits are proven to be the same.",
     "export": "Export a run to a folder of the hub's layout, or to ONNX.",
     "infer": "Ask a model how the car moves in a clip.",

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -76,6 +76,18 @@ def parse_share(text: str | None) -> tuple[int, int] | None:
     return int(share), int(total)
 
 
+def parse_controls(text: str) -> Literal["all", "basic", "none"]:
+    """Read `--controls`.
+
+    Raises:
+        UsageError: it is none of the words.
+    """
+    match text:
+        case "all" | "basic" | "none":
+            return text
+    raise UsageError(f"--controls {text}: expected all, basic or none")
+
+
 def parse_split(text: str | None) -> tuple[str | None, Path | None]:
     """Tell the rule of `--split` from a file that lists the splits: (rule, file), at most one of which is there.
 
@@ -87,3 +99,8 @@ def parse_split(text: str | None) -> tuple[str | None, Path | None]:
     if not Path(text).is_file():
         raise UsageError(f"--split {text}: expected {', '.join(SPLIT_RULES)}, or a file that lists recordings")
     return None, Path(text)
+
+
+def names_in(values: list[str] | None) -> tuple[str, ...]:
+    """Return the names of an option that takes several, in one value with commas or in values of their own."""
+    return tuple(dict.fromkeys(name.strip() for value in values or () for name in value.split(",") if name.strip()))

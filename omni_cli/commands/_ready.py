@@ -17,7 +17,7 @@ from omni_cli.files import read_json
 from omni_cli.profiles import check_machine, load_profile
 from omni_cli.recipes import check_recipe, recipe_class, recipe_names
 from omni_cli.report import Console
-from omni_cli.stages.run_file import RUN_FILE
+from omni_cli.stages.run_file import MODEL_CARD, RUN_FILE
 
 _READERS, _LEARNERS = "the readers of driving data", "torch and transformers"
 _STAGES: Mapping[str, tuple[str, str]] = {  # what a verb imports, and in the user's words
@@ -70,6 +70,9 @@ def refuse_early(verb: str, given: Mapping[str, Any]) -> None:
         _locate().choose_run(run, given["runs"])
     elif run is not None:  # the name of a new one
         _locate().named_folder(given["runs"], run)
+    for word in given.get("measured") or ():
+        if not _locate().names_model(word, given["runs"]):
+            _locate().choose_run(Path(word), given["runs"])
     if verb == "etl":
         parse_share(given["shard"])
         parse_split(given["split"])
@@ -104,6 +107,16 @@ def _recipes(verb: str, given: Mapping[str, Any]) -> Iterator[str]:
 def _source(given: Mapping[str, Any]) -> Path:
     """Return the file that names the recipe: of the shards to train on, or of the run."""
     locate = _locate()
+    if "measured" in given:
+        return _source_of_measured(next(iter(given["measured"] or ()), None), given["runs"])
     if isinstance(run := given["run"], Path) or "data" not in given:
         return Path(locate.choose_run(run, given["runs"]), RUN_FILE)
     return Path(given.get("shards") or locate.newest_shards(given["data"]), locate.SHARDS_MARK)
+
+
+def _source_of_measured(word: str | None, runs: Path) -> Path:
+    """Return the file that names the recipe of what is measured first: of a model folder, or of a run."""
+    locate = _locate()
+    if word and locate.names_model(word, runs):
+        return Path(word, MODEL_CARD)
+    return Path(locate.choose_run(Path(word) if word else None, runs), RUN_FILE)

@@ -16,6 +16,7 @@ from omni_cli.commands._options import (
     Runs,
     Sets,
     Shards,
+    names_in,
 )
 
 EXAMPLE = "omni train --profile cpu-tiny"
@@ -32,6 +33,14 @@ def command(
         typer.Option("--run", metavar="NAME", help="Name of the run, a folder in --runs. [default: RECIPE-PROFILE]"),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Discard what the run of this name has learned.")] = False,
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--report-to",
+            metavar="NAME,...",
+            help="Send the curves there too: tensorboard, wandb, comet_ml, trackio. May be given again.",
+        ),
+    ] = None,
     data: Data = DATA,
     runs: Runs = RUNS,
     dry_run: DryRun = False,
@@ -50,5 +59,7 @@ def command(
     chosen = choose_profile(profile, console, dry_run=dry_run)
     recipe = compose_recipe(recipe_of_shards(shards, data), chosen, config=config, sets=sets)
     asked = typed_keys(recipe, chosen)
-    request = TrainRequest(shards, data, runs, run, chosen.name, fresh=fresh, dry_run=dry_run, asked=asked)
+    where, names = (shards, data, runs, run, chosen.name), names_in(report_to)
+    machine = chosen.machine
+    request = TrainRequest(*where, fresh=fresh, dry_run=dry_run, asked=asked, machine=machine, report_to=names)
     console.finish(train(recipe.value, request, console))

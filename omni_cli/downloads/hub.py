@@ -50,6 +50,11 @@ class Hub:
         parts = urlsplit(self.endpoint)
         return f"{parts.hostname}:{parts.port}" if parts.port else str(parts.hostname)
 
+    @property
+    def page(self) -> str:
+        """Return the address of the repository of a model, without credentials."""
+        return f"{urlsplit(self.endpoint).scheme}://{self.host}/{self.repository}"
+
     def resolve_revision(self, revision: str | None) -> str:
         """Return the 40-hex commit that a branch or tag stands for now; a commit stands for itself, unasked.
 

@@ -13,20 +13,26 @@ import pyarrow as pa
 from torch import Tensor, nn
 
 from omni_cli.errors import UsageError
+from omni_cli.recipe.foreseen import Comparable, Outlined
+from omni_cli.recipe.measured import Drawable, Stratified
 from omni_cli.recipe.settings import SampleSettings, SplitSettings, TrainSettings, TuneSettings
 from omni_cli.recipe.values import (
+    About,
     Asked,
     Batch,
     BuiltModel,
+    Loading,
     Loss,
     Metric,
     ModelSize,
+    OwnRate,
     Pair,
     Prediction,
     Program,
     Questions,
     Row,
     RunProgram,
+    StockTraining,
     Stroke,
     TrainerKind,
 )
@@ -37,17 +43,23 @@ from omni_cli.scene.clock import Float64Array, Int64Array
 from omni_cli.scene.recording import Recording
 
 __all__ = [
+    "About",
     "Asked",
     "Batch",
     "Benchable",
     "BuiltModel",
+    "Comparable",
+    "Drawable",
     "Evaluable",
     "Exportable",
     "Inferable",
+    "Loading",
     "Loss",
     "Mergeable",
     "Metric",
     "ModelSize",
+    "Outlined",
+    "OwnRate",
     "Pair",
     "Prediction",
     "Program",
@@ -56,7 +68,10 @@ __all__ = [
     "RunProgram",
     "SampleSettings",
     "Sampled",
+    "SelfTested",
     "SplitSettings",
+    "StockTraining",
+    "Stratified",
     "Stroke",
     "Taught",
     "Tokenized",
@@ -156,6 +171,20 @@ class Trainable(Protocol):
 
 
 @runtime_checkable
+class SelfTested(Protocol):
+    """A recipe whose model is tried on its own windows before it learns."""
+
+    def self_test(self, built: BuiltModel, dataset: WindowDataset) -> str:
+        """Return one line on what was found, or none where there is nothing to be tried.
+
+        The model and the random numbers stay as they were.
+
+        Raises:
+            OmniError: the model would learn something else than it should.
+        """
+
+
+@runtime_checkable
 class Evaluable(Protocol):
     """What `eval` asks of a recipe."""
 
@@ -219,6 +248,15 @@ class Mergeable(Trainable, Protocol):
 
     def of_whole_model(self, model: str) -> Self:
         """Return this recipe with a whole, unquantised model as its base: `load` takes its folder."""
+
+    def about(self, preprocess: Preprocess, form: str, source: str) -> About:
+        """Return what a model card tells of its models.
+
+        Args:
+            preprocess: of the model.
+            form: of its folder: merged, hf, adapter or onnx.
+            source: the folder, or its name on a hub, as the code that loads it names it.
+        """
 
 
 @runtime_checkable

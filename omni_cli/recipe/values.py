@@ -33,12 +33,14 @@ class TrainerKind:
 
 @dataclass(frozen=True)
 class Metric:
-    """One number a window that says how wrong an answer is; less is better, unless the title names another aim."""
+    """One number a window about an answer: how wrong it is, or something else whose aim the title names."""
 
     key: str  # in reports
     title: str  # for people
     unit: str
     is_shown: bool = True  # in the terminal's table; a report has all
+    is_error: bool = True  # less is better, so that one model can be called better than another by it
+    is_drawn: bool = False  # of answers that were drawn by chance, which may be readable where the greedy one is not
 
 
 @dataclass(frozen=True)
@@ -88,12 +90,54 @@ class Questions:
 
 
 @dataclass(frozen=True)
+class OwnRate:
+    """Weights that learn at a rate of their own."""
+
+    part: str  # of the model, in one word
+    learning_rate: float
+    weights: frozenset[str]  # their names
+
+
+@dataclass(frozen=True)
 class BuiltModel:
     """A model ready for a stage, and what its tokenizer says."""
 
     model: nn.Module
     tokenizer: Any
     notes: tuple[str, ...] = ()  # what a user should be told of how it learns
+    own_rates: tuple[OwnRate, ...] = ()  # all other weights learn at the settings' rate
+
+
+@dataclass(frozen=True)
+class StockTraining:
+    """The same training as a stock library does it: its own model with the same weights, and the batches it wants."""
+
+    model: nn.Module
+    collate: Callable[[Sequence[Row]], Batch]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a folder of weights is loaded or served, as a model card shows it."""
+
+    title: str
+    language: str  # python or bash
+    code: str
+
+
+@dataclass(frozen=True)
+class About:
+    """What a recipe knows of its models for people who did not train them: its part of a model card."""
+
+    does: str  # in one sentence
+    base: str  # hub id of the base weights; empty where they come from elsewhere
+    base_told: str  # the same for people, never a path
+    licence: str  # of the base weights, as the hub spells it; empty: not known
+    task: str  # of the hub's list
+    library: str
+    asked: str  # an example
+    answered: str  # in the format of its answers
+    loading: tuple[Loading, ...]
 
 
 class ModelSize(NamedTuple):

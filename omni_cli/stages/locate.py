@@ -1,5 +1,6 @@
 """Where the input of a verb lies: the folder that the user names, or the newest output of the verb before it."""
 
+import re
 from pathlib import Path
 
 from omni_cli.config import nearest
@@ -13,6 +14,8 @@ from omni_cli.sources import source_names
 from omni_cli.stages.run_file import FINAL, RUN_FILE
 
 SHARDS_MARK = "manifest.json"  # a folder without it is unfinished
+_MODEL_MARK, _TINY = "config.json", "tiny:"
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?")  # ORGANISATION/NAME@REVISION
 _LONGEST_NAME_BYTES = 200  # a file system's 255, less what stands around it in the names of hidden siblings
 _SEGMENT_DEPTHS = ("*", "*/*", "*/*/*")
 
@@ -99,6 +102,22 @@ def choose_run(run: Path | None, runs: Path) -> Path:
     if not (finished := finished_runs(runs)):
         raise UsageError(f"no finished run in {runs}; train one with: omni train")
     return finished[0]
+
+
+def names_model(word: str, runs: Path) -> bool:
+    """Say whether a word means a model (its folder, its id on the hub, or a tiny one), and not a run.
+
+    A path that leads nowhere in a folder that is there is a mistyped run.
+    """
+    folder = Path(word)
+    if folder.is_dir() or (runs / word).is_dir():
+        return folder.is_dir() and not (folder / RUN_FILE).is_file() and (folder / _MODEL_MARK).is_file()
+    return word.startswith(_TINY) or (bool(_HUB_ID.fullmatch(word)) and not folder.parent.is_dir())
+
+
+def is_hub_id(word: str, runs: Path) -> bool:
+    """Say whether a word means a model on the hub."""
+    return names_model(word, runs) and not Path(word).is_dir() and not word.startswith(_TINY)
 
 
 def _named_run(run: Path, runs: Path) -> Path:

@@ -6,6 +6,7 @@ from omni_cli import files
 
 RUN_FILE = "run.json"
 FINAL = "final"
+MODEL_CARD = "omni.json"  # of a model folder
 
 
 def shards_of(folder: Path) -> Path | None:

@@ -3,7 +3,11 @@
 runs/NAME/run.json       recipe, settings, preprocessing, shards, base: written before the first step
 runs/NAME/config.toml    the same settings, for people
 runs/NAME/checkpoints/   resumable states, each with a manifest of hashes
+runs/NAME/best/          of the steps whose loss on the val split was the lowest: the weights, as in final/
 runs/NAME/history.jsonl  one line a logged step
+runs/NAME/telemetry.jsonl  what the machine did, twice a second, in every session
+runs/NAME/report.html    what was trained, from what, how and how fast: for people, as report.md and telemetry.png
+runs/NAME/events.jsonl   one line each time that training went back to a checkpoint; absent where it never did
 runs/NAME/final/         the trained weights and tokenizer; run is done when final.receipt.json lists them
 runs/.NAME.discarded/    what --fresh took away, until it is deleted
 
@@ -21,6 +25,7 @@ from typing import Any, Self
 from omni_cli import files
 from omni_cli.config import Layer, Settings, differences, dump_toml, read_document, resolve
 from omni_cli.errors import DataError, UsageError
+from omni_cli.recipe.settings import WATCHING
 from omni_cli.samples.preprocess import Preprocess
 from omni_cli.stages import run_file
 
@@ -30,7 +35,14 @@ CONFIG = "config.toml"
 CHECKPOINTS = "checkpoints"
 FINAL = run_file.FINAL
 LEARNED = "learned.json"
+BEST = "best"
 HISTORY = "history.jsonl"
+TELEMETRY = "telemetry.jsonl"
+TELEMETRY_PICTURE = "telemetry.png"
+REPORT = "report.md"
+REPORT_PAGE = "report.html"
+TENSORBOARD = "tensorboard"  # a folder, where --report-to asks for it
+EVENTS = "events.jsonl"
 RECORDS = "records"  # what lies beside the weights; its receipt alone is written
 TRAINING = "training in"  # what the lock of a run's folder is held for
 _LOCK = ".lock"
@@ -41,7 +53,14 @@ _OF_A_RUN = {
     FINAL,
     FINAL + files.RECEIPT_SUFFIX,
     LEARNED,
+    BEST,
     HISTORY,
+    EVENTS,
+    TELEMETRY,
+    TELEMETRY_PICTURE,
+    REPORT,
+    REPORT_PAGE,
+    TENSORBOARD,
     RECORDS + files.RECEIPT_SUFFIX,
 }
 _KEYS_OF_A_RUN = {"recipe", "settings", "shards", "base_fingerprint"}  # of run.json, whatever its format
@@ -70,11 +89,20 @@ class RunManifest(Settings):
     def identity(self) -> Self:
         """Return the manifest without what the weights do not depend on."""
         shards = self.shards.model_copy(update={"folder": ""})
-        return self.model_copy(update={"profile": "", "machine": {}, "shards": shards})
+        train = {key: value for key, value in self.settings.get("train", {}).items() if key not in WATCHING}
+        settings = {**self.settings, **({"train": train} if "train" in self.settings else {})}
+        return self.model_copy(update={"profile": "", "machine": {}, "shards": shards, "settings": settings})
 
     def key(self) -> str:
         """Return the hash of everything that the weights depend on."""
         return files.hash_json(self.identity().model_dump(mode="json"))
+
+
+class BeforeIt(Settings):
+    """What the base of a run had learned from before."""
+
+    source: str  # as of `Learned`; empty: nobody says
+    licences: tuple[str, ...] = ()
 
 
 class Learned(Settings):
@@ -84,6 +112,9 @@ class Learned(Settings):
     groups: tuple[str, ...] = ()  # the drives they are parts of, where the source knows
     windows: int
     medians: dict[str, float | tuple[float, ...]]  # over its windows, as the recipe's constant baseline needs them
+    source: str = ""  # of its data, and the licences noted of them; runs of omni 0.5 do not say
+    licences: tuple[str, ...] = ()
+    base: BeforeIt | None = None  # older runs do not say
 
 
 @dataclass(frozen=True)
@@ -112,7 +143,7 @@ class Run:
 
         What lies beside them has a receipt of its own: a history holds times, and the weights' receipt depends on none.
         """
-        names = [name for name in (RUN_FILE, CONFIG, LEARNED, HISTORY) if (self.folder / name).is_file()]
+        names = [name for name in (RUN_FILE, CONFIG, LEARNED, HISTORY, EVENTS) if (self.folder / name).is_file()]
         beside = {name: file_facts(self.folder / name) for name in names}
         files.put_receipt(self.folder / RECORDS, {"files": {}, "beside": beside})
         seal_folder(self.final, **self._bound(), **facts)
@@ -160,8 +191,15 @@ def check_ours(folder: Path, *, fresh: bool) -> None:
         )
 
 
-def same_run(folder: Path, manifest: RunManifest) -> Run | None:
+def same_run(folder: Path, manifest: RunManifest, schema: type[Settings]) -> Run | None:
     """Return the run in a folder if it is this one; None where the folder holds none.
+
+    A finished run of an older omni is asked with what it did not know yet as it is unless said otherwise.
+
+    Args:
+        folder: of the run.
+        manifest: of the run that is asked for.
+        schema: of its settings.
 
     Raises:
         UsageError: it is another; the message says what differs.
@@ -170,7 +208,11 @@ def same_run(folder: Path, manifest: RunManifest) -> Run | None:
     if not (folder / RUN_FILE).is_file():
         return None
     run = open_run(folder)
-    if changed := differences(run.manifest.identity(), manifest.identity()):
+    held = run.manifest
+    if run.is_done():
+        settings = run.recipe_settings(schema).model_dump(mode="json")
+        held = held.model_copy(update={"settings": settings})
+    if changed := differences(held.identity(), manifest.identity()):
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise UsageError(
             f"run {folder} was started with other settings ({'; '.join(changed[:3])}{more}); "

@@ -30,7 +30,7 @@ CAMERAS = layout.CAMERAS
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 _SPLITS, _SPLIT_SHARES = ("train", "val", "test"), (0.7, 0.15, 0.15)
 _ORIGIN = "omni synthetic world"
-_LICENCE = "made by omni, free to use"
+LICENCE = "made by omni, free to use"
 _COUNTRIES = ("Germany", "Japan", "Sweden", "United States")
 _CALIBRATION_FEATURES = ("camera_intrinsics", "sensor_extrinsics", "vehicle_dimensions")
 
@@ -116,7 +116,7 @@ def write_indices(root: Path, spec: SyntheticSpec, chunks: Sequence[int], *, wit
         layout.COLLECTION_FILE: _parquet(_clip_table({n: _collection_row(spec, *row) for n, row in rows.items()})),
         layout.REASONING_FILE: _parquet(_clip_table({n: _reasoning_row(spec, *row) for n, row in rows.items()})),
         layout.REVISION_FILE: files.canonical_json(
-            {"repository": _ORIGIN, "revision": files.hash_json(asdict(spec)), "licence": _LICENCE}
+            {"repository": _ORIGIN, "revision": files.hash_json(asdict(spec)), "licence": LICENCE}
         ).encode(),
     }
     return [_commit(root / path, content) for path, content in contents.items()]

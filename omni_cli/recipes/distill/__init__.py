@@ -15,6 +15,7 @@ from omni_cli.config import Settings
 from omni_cli.formats.physical_ai_av import expand_cameras
 from omni_cli.models import adapters, backbones, driving_losses, driving_net, families, qwen_vl
 from omni_cli.recipe import (
+    About,
     Batch,
     BuiltModel,
     Loss,
@@ -30,6 +31,7 @@ from omni_cli.recipe import (
     TrainerKind,
 )
 from omni_cli.recipes.distill import answers, drawing, exporting, rows
+from omni_cli.recipes.distill.about import about_student
 from omni_cli.recipes.distill.sampling import driving_preprocess, questions
 from omni_cli.recipes.distill.settings import DistillSample, DistillSplit, DistillTrain, DistillTune
 from omni_cli.recipes.distill.teaching import labeller, program_files, teacher_notes
@@ -41,6 +43,7 @@ from omni_cli.samples.tables import STEP_COLUMNS
 from omni_cli.samples.windows import TableMaker
 from omni_cli.scene.clock import Float64Array, Int64Array
 from omni_cli.scene.recording import Recording
+from omni_cli.scores.strata import Strata
 
 _NEVER_DROVE = (
     "the base never learned to drive, its policy is drawn from a seed: an adapter on it learns little; train one in "
@@ -192,6 +195,10 @@ class Distill(Settings):
         """Return constant velocity, constant curvature, the median drive, and the teacher where it is not the car."""
         return answers.baselines(rows_, medians, has_teacher=self._has_scene)
 
+    def strata(self, rows_: Sequence[Row]) -> tuple[Strata, ...]:
+        """Return windows by manoeuvre and by speed."""
+        return answers.strata(rows_)
+
     def pairs(self, predictions: Sequence[Prediction], rows_: Sequence[Row]) -> tuple[Pair, ...]:
         """Return where the car is after two seconds."""
         return answers.pairs(predictions, rows_, self.train.warmup_steps)
@@ -254,6 +261,10 @@ class Distill(Settings):
     def of_whole_model(self, model: str) -> Self:
         """Return this recipe with a whole student as its base."""
         return self.model_copy(update={"model": model, "tune": self.tune.model_copy(update={"mode": "full"})})
+
+    def about(self, preprocess: ModelFramePreprocess, form: str, source: str) -> About:
+        """Return what a model card tells of its models."""
+        return about_student(self.model, form, source)
 
     def probe_rows(self, built: BuiltModel, preprocess: ModelFramePreprocess) -> list[Row]:
         """Return two windows of noise."""
@@ -346,6 +357,7 @@ class Distill(Settings):
             tune.targets or tuple(adapters.driving_targets(net)),
             use_dora=tune.mode == "dora",
             place=adapters.DRIVING_NET,
+            rank_stabilised=tune.rank_stabilised,
         )
 
     def _base(self) -> driving_net.DrivingNet:

@@ -9,15 +9,17 @@ from typing import Any, ClassVar, Literal, Self
 
 import pyarrow as pa
 import torch
+from pydantic import field_validator
 from torch import Tensor, nn
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from omni_cli import files
 from omni_cli.config import Settings
-from omni_cli.models import adapters, families, hub_files, losses, qwen_vl, tiny
+from omni_cli.models import adapters, base_files, families, losses, packing, qwen_vl, shard_merge, tiny, wiring
 from omni_cli.models.batched_vision import batch_vision
+from omni_cli.models.drawing import SeededNoise
 from omni_cli.recipe import (
+    About,
     Batch,
     BuiltModel,
     Loss,
@@ -30,27 +32,30 @@ from omni_cli.recipe import (
     Row,
     RunProgram,
     SplitSettings,
+    StockTraining,
     Stroke,
     TrainerKind,
 )
+from omni_cli.recipe.by_file import FileMerge
+from omni_cli.recipes.vlm import generating, outlines, packed, tuning
+from omni_cli.recipes.vlm.about import about_vlm
 from omni_cli.recipes.vlm.answers import CONSTANT, Answers
 from omni_cli.recipes.vlm.asking import questions
-from omni_cli.recipes.vlm.exporting import PROBE_SEED, noise, tower_program
+from omni_cli.recipes.vlm.exporting import PROBE_SEED, noise, tower_program, write_served_files
 from omni_cli.recipes.vlm.labels import LABELS
-from omni_cli.recipes.vlm.rows import SIDECAR, encode_row, kept_tokenizer, make_tokenizer, prompt_only
+from omni_cli.recipes.vlm.rows import encode_windows, make_tokenizer, prompt_row, sidecar_key, video_token
 from omni_cli.recipes.vlm.sampling import camera_names, tiled_preprocess
 from omni_cli.recipes.vlm.settings import VlmSample, VlmTrain, VlmTune
+from omni_cli.recipes.vlm.stock import rows_flops, stock_training
 from omni_cli.samples import prompts
-from omni_cli.samples.answer_formats import FORMATS
 from omni_cli.samples.dataset import WindowDataset
 from omni_cli.samples.tiling import TiledPreprocess
 from omni_cli.samples.windows import TableMaker
 from omni_cli.scene.clock import Float64Array, Int64Array
 from omni_cli.scene.recording import Recording
+from omni_cli.scores.strata import Strata
 
 _PROBE_SPEEDS_MPS = (3.0, 21.5)
-_GREY = 128
-_SIDECAR_FORMAT = 1
 
 
 class Vlm(Settings):
@@ -67,6 +72,9 @@ class Vlm(Settings):
     split: SplitSettings = SplitSettings()
     tune: VlmTune = VlmTune()
     train: VlmTrain = VlmTrain()
+
+    _tune = field_validator("tune")(tuning.can_be_tuned)
+    _train = field_validator("train")(tuning.rates_are_used)
 
     # -- Sampled
 
@@ -100,19 +108,11 @@ class Vlm(Settings):
 
     def sidecar_key(self, preprocess: TiledPreprocess) -> str:
         """Return the hash of everything that token ids depend on."""
-        facts = {
-            "format": _SIDECAR_FORMAT,
-            "tokenizer": self._encoder(preprocess).backend_tokenizer.to_str(),
-            "preprocess": preprocess.model_dump(mode="json"),
-            "time_step": self._time_step(preprocess),
-        }
-        return files.hash_json(facts)[:16]
+        return sidecar_key(self.model, preprocess)
 
     def encode_windows(self, windows: pa.Table, preprocess: TiledPreprocess) -> pa.Table:
         """Return input_ids, labels and position_ids of each window."""
-        tokenizer, time_step = self._encoder(preprocess), self._time_step(preprocess)
-        rows = [encode_row(row, preprocess, tokenizer, time_step) for row in windows.to_pylist()]
-        return pa.Table.from_pylist(rows, schema=SIDECAR)
+        return encode_windows(self.model, windows, preprocess)
 
     # -- Trainable
 
@@ -122,23 +122,14 @@ class Vlm(Settings):
         # transformers 5.23 loads a full Qwen2.5-VL checkpoint with strict=False and matches no key: build from it.
         full_resume = checkpoint is not None and self.tune.mode == "full"
         model = self.load_base(preprocess, source=str(checkpoint) if full_resume else None)
-        if self.tune.mode == "full":
-            return BuiltModel(model, tokenizer)
-        return BuiltModel(adapters.attach(model, self._adapter()), tokenizer)
+        return tuning.built(tuning.tuned(model, self.tune), tokenizer, self.train)
 
     def size(self, preprocess: TiledPreprocess) -> ModelSize:
         """Return how large the model would be, without making one."""
-        if families.is_tiny(self.model):
-            config = tiny.tiny_config(families.family_of(self.model).name, self.tokenizer(preprocess))
-        else:
-            config = families.model_config(self.model)
-        model = qwen_vl.empty_model(config)
+        model = outlines.empty_base(self.model, preprocess)
         total = adapters.weight_count(model)
         weight_bytes = qwen_vl.weight_bytes(model, qwen_vl.DTYPES[self.precision], self.quantization)
-        trainable = (
-            total if self.tune.mode == "full" else adapters.trainable_count(adapters.attach(model, self._adapter()))
-        )
-        return ModelSize(total, trainable, weight_bytes)
+        return ModelSize(total, adapters.trainable_count(tuning.tuned(model, self.tune)), weight_bytes)
 
     def load_base(self, preprocess: TiledPreprocess, source: str | None = None) -> Any:
         """Return the base model, or the same architecture with the weights of `source`."""
@@ -146,20 +137,12 @@ class Vlm(Settings):
         if source is None and families.is_tiny(self.model):
             family = families.family_of(self.model).name
             drawn = tiny.tiny_model(family, self.tokenizer(preprocess), self.train.seed)
-            return batch_vision(qwen_vl.place(drawn, "cpu", self.precision))
-        return batch_vision(qwen_vl.load_model(source or self.model, dtype, self.quantization))
+            return _ready(qwen_vl.as_loaded(drawn, self.precision, self.quantization))
+        return _ready(qwen_vl.load_model(source or self.model, dtype, self.quantization))
 
     def collate(self, rows: Sequence[Row], preprocess: TiledPreprocess) -> Batch:
-        """Stack rows, padded on the right; pictures stay uint8 (n, frames, cameras, height, width, 3)."""
-        ids = [row["input_ids"] for row in rows]
-        pad = 0  # masked by attention_mask and labels: any id would do
-        return {
-            "input_ids": qwen_vl.pad_rows(ids, pad),
-            "labels": qwen_vl.pad_rows([row["labels"] for row in rows], losses.IGNORED),
-            "attention_mask": qwen_vl.pad_rows([torch.ones_like(row) for row in ids], 0),
-            "position_ids": qwen_vl.pad_rows([row["position_ids"] for row in rows], 0).transpose(0, 1).contiguous(),
-            "pictures": torch.stack([row["pictures"] for row in rows]),
-        }
+        """Lay rows one after the other; pictures stay uint8 (n, frames, cameras, height, width, 3)."""
+        return packed.collate(rows, preprocess, video_token(self.model, preprocess))
 
     def loss(self, model: nn.Module, batch: Batch, preprocess: TiledPreprocess) -> Loss:
         """Return the summed cross-entropy of the answers' tokens."""
@@ -168,9 +151,17 @@ class Vlm(Settings):
         return Loss(total, count)
 
     def outputs(self, model: nn.Module, batch: Batch, preprocess: TiledPreprocess) -> Tensor:
-        """Return the logits (rows, labelled positions, vocabulary) of a batch."""
+        """Return the logits (labelled tokens of all rows, vocabulary) of a batch."""
         features = self._features(model, batch["pictures"], preprocess)
         return qwen_vl.forward_logits(model, batch, features, losses.labelled_positions(batch["labels"]))
+
+    def self_test(self, built: BuiltModel, dataset: WindowDataset) -> str:
+        """Return one line on packed windows against windows alone; empty where none are packed.
+
+        Raises:
+            OmniError: they see each other.
+        """
+        return packed.self_test(self, built.model, dataset)
 
     def trainer(self) -> TrainerKind:
         """Return TRL's SFTTrainer, told that rows are ready and nothing may be cut."""
@@ -226,21 +217,26 @@ class Vlm(Settings):
 
     def predict(self, built: BuiltModel, rows: Sequence[Row], preprocess: TiledPreprocess) -> list[Prediction]:
         """Answer each window greedily from its pictures and prompt."""
-        device = next(built.model.parameters()).device
-        prompt = [prompt_only(row) for row in rows]
-        ids = [ids for ids, _ in prompt]
-        pad = built.tokenizer.pad_token_id
-        batch = {
-            "input_ids": qwen_vl.pad_rows(ids, pad, left=True).to(device),
-            "attention_mask": qwen_vl.pad_rows([torch.ones_like(row) for row in ids], 0, left=True).to(device),
-            "position_ids": qwen_vl.pad_rows([p for _, p in prompt], 0, left=True).transpose(0, 1).to(device),
-        }
-        pictures = torch.stack([row["pictures"] for row in rows]).to(device)
-        with torch.no_grad():
-            features = self._features(built.model, pictures, preprocess)
-        most, end = FORMATS[preprocess.labels].max_tokens, prompts.ANSWER_END
-        texts = qwen_vl.generate_text(built.model, built.tokenizer, batch, features, max_new_tokens=most, end=end)
-        return [Prediction(text, prompts.parse_answer(preprocess.labels, text)) for text in texts]
+        return generating.answers(built, rows, preprocess, self._features)
+
+    def strata(self, rows: Sequence[Row]) -> tuple[Strata, ...]:
+        """Return windows by manoeuvre and by speed."""
+        return self._answers.strata(rows)
+
+    def draw(
+        self,
+        built: BuiltModel,
+        rows: Sequence[Row],
+        preprocess: TiledPreprocess,
+        seeds: Sequence[int],
+        temperature: float,
+    ) -> list[Prediction]:
+        """Answer each window by chance."""
+        return generating.answers(built, rows, preprocess, self._features, (SeededNoise(seeds, temperature),))
+
+    def drawn_metrics(self, count: int) -> dict[str, Metric]:
+        """Return how the best of several drawn answers is scored."""
+        return self._answers.drawn_metrics(count)
 
     def prompt_row(self, pictures: Tensor, preprocess: TiledPreprocess, tokenizer: Any, start_speed_mps: float) -> Row:
         """Return a row whose answer is a placeholder, for a window that no shard holds.
@@ -251,15 +247,7 @@ class Vlm(Settings):
             tokenizer: of the model.
             start_speed_mps: forward speed at the first instant; told only where `preprocess.past_speed` says so.
         """
-        targets = {**FORMATS[preprocess.labels].zero, "start_speed_mps": start_speed_mps}
-        encoded = encode_row(targets, preprocess, tokenizer, self._time_step(preprocess))
-        length = len(encoded["input_ids"])
-        return {
-            "input_ids": torch.tensor(encoded["input_ids"]),
-            "labels": torch.tensor(encoded["labels"]),
-            "position_ids": torch.tensor(encoded["position_ids"]).view(4, length),
-            "pictures": pictures,
-        }
+        return prompt_row(self.model, pictures, preprocess, tokenizer, start_speed_mps)
 
     # -- Inferable
 
@@ -316,6 +304,14 @@ class Vlm(Settings):
         """Fold the adapter into its base; the adapted model is used up."""
         return BuiltModel(adapters.merge(built.model), built.tokenizer)
 
+    def merge_files(self, preprocess: TiledPreprocess, adapter: Path, work: Path) -> FileMerge:
+        """Return the merge of an adapter into its base's own files; a tiny model's are written first."""
+        if not families.is_tiny(self.model):
+            return shard_merge.plan(base_files.find(self.model), adapter)
+        whole = self.of_whole_model(self.model)
+        qwen_vl.save_model(whole.load_base(preprocess), whole.tokenizer(preprocess), work)
+        return shard_merge.plan(work, adapter)
+
     def probe_rows(self, built: BuiltModel, preprocess: TiledPreprocess) -> list[Row]:
         """Return two windows of noise, with an answer at every position of which a model is probed."""
         generator = torch.Generator().manual_seed(PROBE_SEED)
@@ -332,6 +328,10 @@ class Vlm(Settings):
         tune = self.tune.model_copy(update={"mode": "full"})
         return self.model_copy(update={"model": model, "quantization": "none", "tune": tune})
 
+    def about(self, preprocess: TiledPreprocess, form: str, source: str) -> About:
+        """Return what a model card tells of its models."""
+        return about_vlm(preprocess, self.model, form, source)
+
     # -- Exportable
 
     def programs(self, built: BuiltModel, preprocess: TiledPreprocess, batches: Sequence[int]) -> list[Program]:
@@ -343,13 +343,8 @@ class Vlm(Settings):
         return {}
 
     def write_processor_files(self, folder: Path, preprocess: TiledPreprocess) -> None:
-        """Write the processor's configuration, and the chat template into the tokenizer."""
-        canvas_px = (preprocess.canvas_width_px, preprocess.canvas_height_px)
-        family = families.FAMILIES[preprocess.vision.family]
-        hub_files.write_processor_config(folder, family, canvas_px=canvas_px, num_frames=preprocess.num_frames)
-        tokenizer = qwen_vl.load_tokenizer(str(folder))
-        tokenizer.chat_template = prompts.chat_template(preprocess)
-        tokenizer.save_pretrained(folder)
+        """Write what other tools read beside the weights."""
+        write_served_files(folder, preprocess)
 
     # -- Benchable
 
@@ -366,34 +361,39 @@ class Vlm(Settings):
         """Return the tokens of a sample in the mean."""
         return {"tokens": mean(dataset.token_lengths())}
 
+    # -- Outlined
+
+    def outline(self, preprocess: TiledPreprocess) -> nn.Module:
+        """Return the model as it learns, of shapes alone."""
+        return outlines.outline(self.model, self.precision, self.tune, preprocess, ready=_ready)
+
+    def outline_batch(self, model: nn.Module, preprocess: TiledPreprocess) -> Batch:
+        """Return a batch of equal windows whose pictures have no storage."""
+        return outlines.outline_batch(self.model, model, self.train.batch_size, preprocess)
+
+    # -- Comparable
+
+    def stock(self, built: BuiltModel, preprocess: TiledPreprocess) -> StockTraining | None:
+        """Return TRL's own training of what was built; None of a backbone that reads frames."""
+        kind = self.model, self.precision, self.quantization
+        return stock_training(built, preprocess, kind, self.tune)
+
+    def step_flops(self, built: BuiltModel, rows: Sequence[Row], preprocess: TiledPreprocess) -> float:
+        """Return the operations by the rule of `models/flops.py`."""
+        return rows_flops(built.model, rows, preprocess)
+
     # -- inside
 
     @property
     def _answers(self) -> Answers:
         return LABELS[self.sample.labels].answers
 
-    def _encoder(self, preprocess: TiledPreprocess) -> Any:
-        return kept_tokenizer(self.model, tuple(prompts.sample_sentences(preprocess)))
-
     def _features(self, model: nn.Module, pictures: Tensor, preprocess: TiledPreprocess) -> Any:
-        windows = len(pictures)
-        if self.train.blind:
-            pictures = torch.full_like(pictures[:1], _GREY)
-        dtype = qwen_vl.base_of(model).model.visual.dtype
-        pixels = preprocess.pixel_values(pictures).to(dtype)
-        grids = torch.tensor([preprocess.grid] * len(pictures), device=pictures.device)
-        features = qwen_vl.video_features(model, pixels, grids)
-        return qwen_vl.repeat_features(features, windows) if self.train.blind else features
+        return packed.features(model, pictures, preprocess, is_blind=self.train.blind)
 
     def _adapter(self) -> adapters.AdapterSpec:
-        tune = self.tune
-        return adapters.AdapterSpec(
-            tune.rank, tune.alpha, tune.dropout, tune.targets, tune.mode == "dora", tune.train_merger
-        )
+        return tuning.adapter_spec(self.tune)
 
-    def _time_step(self, preprocess: TiledPreprocess) -> float:
-        if preprocess.vision.family != "qwen2_5_vl":
-            return 1.0
-        if families.is_tiny(self.model):
-            return tiny.TOKENS_PER_SECOND * preprocess.seconds_per_grid
-        return float(families.model_config(self.model).vision_config.tokens_per_second) * preprocess.seconds_per_grid
+
+def _ready(model: Any) -> Any:
+    return packing.attend_by_sample(batch_vision(wiring.freeze_unread(model)))

@@ -1,74 +1,215 @@
 """The training itself: the Trainer runs to its end from the newest checkpoint that verifies."""
 
+import gc
 import signal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PrinterCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 
-from omni_cli.errors import DataError, Preempted
-from omni_cli.models.adapters import trainable_count, weight_count
-from omni_cli.recipe import BuiltModel
+from omni_cli import files
+from omni_cli.errors import DataError, OmniError, Preempted
+from omni_cli.models.adapters import trainable_count, types_kept, weight_count
+from omni_cli.recipe import BuiltModel, SelfTested, TrainSettings
 from omni_cli.report import Console, counted
 from omni_cli.samples.dataset import WindowDataset
 from omni_cli.samples.preprocess import Preprocess
 from omni_cli.stages import checkpoints, models, runs
 from omni_cli.stages.loading import in_words_of_workers
-from omni_cli.stages.train.callbacks import GradientCheck, Journal, StopOnSignal
+from omni_cli.stages.train.callbacks import GradientCheck, Journal, Keeper, StopOnSignal, StopWhenSaved
+from omni_cli.stages.train.guards import BadStep, Guard
+from omni_cli.stages.train.pace import Pace, Paced
 from omni_cli.stages.train.plan import planned_steps
+from omni_cli.stages.train.reporters import reporters
+from omni_cli.stages.train.roll_back import roll_back
 from omni_cli.stages.train.shards import MORE_LABELS
+from omni_cli.stages.train.telemetry import recorder_of
 from omni_cli.stages.train.trainer import RowCollator, compose_trainer, trainer_arguments
+from omni_cli.stages.train.validation import Best, KeepBest, best_folder, is_best_whole, make_validation
 from omni_cli.stages.worker import start_server
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """What a training led to."""
+
+    built: BuiltModel  # with the last weights
+    best: Best | None
+    facts: dict[str, Any]
+
+
 def fit(
-    run: runs.Run, recipe: Any, dataset: WindowDataset, preprocess: Preprocess, console: Console
-) -> tuple[BuiltModel, dict[str, Any]]:
-    """Run the Trainer to its end from the newest checkpoint of this run that verifies."""
+    run: runs.Run,
+    recipe: Any,
+    dataset: WindowDataset,
+    preprocess: Preprocess,
+    console: Console,
+    *,
+    report_to: Sequence[str] = (),
+) -> Fitted:
+    """Run the Trainer to its end, from the newest checkpoint of this run that verifies.
+
+    After a bad step it begins again from the last good one as if killed and run again, in the same process.
+
+    Raises:
+        OmniError: a step is bad, and going back does not help or is not wanted; or the best weights are asked for, and
+            are lost, or windows to find them with cannot be read. Its checkpoints stay.
+    """
+    while True:
+        try:
+            return _attempt(run, recipe, dataset, preprocess, console, report_to=report_to)
+        except BadStep as bad:
+            found = bad.found
+        _free_memory()  # of the model whose frames the exception held
+        roll_back(run, recipe.train, dataset, found, console)
+
+
+def _attempt(
+    run: runs.Run,
+    recipe: Any,
+    dataset: WindowDataset,
+    preprocess: Preprocess,
+    console: Console,
+    *,
+    report_to: Sequence[str],
+) -> Fitted:
+    """Run the Trainer to its end.
+
+    Raises:
+        BadStep: a step must not move a weight.
+    """
     saved, steps = run.folder / runs.CHECKPOINTS, planned_steps(recipe.train, len(dataset))
-    start = checkpoints.find_start(saved, run.manifest.key())
+    start = _find_start(run, recipe.train, console)
     checkpoints.truncate_history(run.folder, start.step)
-    gradients = GradientCheck(start.facts)
+    validation = make_validation(recipe, dataset, start.facts, console)
+    guard = Guard(recipe.train, start.facts)
+    gradients = GradientCheck(start.facts, guard)
     set_seed(recipe.train.seed)
     built = recipe.build(preprocess, start.checkpoint)
     learns_from = counted(len(dataset), "window")
     console.say(f"run {run.folder}: {_describe(recipe, built)} from {learns_from}, {_span(start.step, steps)}")
     for note in built.notes:
         console.say(note)
-    trainer = make_trainer(saved, recipe, built, dataset, steps)
+    trainer = make_trainer(saved, recipe, built, dataset, steps, Paced)
+    trainer.guard, trainer.validation, trainer.pace, trainer.args.run_name = guard, validation, Pace(), run.name
     if start.checkpoint and start.step == steps:  # killed before the weights were published
         # `train` would take one step more; this is what it does first, so that the same bytes are published.
         trainer._load_from_checkpoint(str(start.checkpoint))
     else:
-        _take_steps(trainer, run, start, gradients, console)
+        _try_out(recipe, built, dataset, console)
+        keepers: list[Keeper] = [gradients, guard, *([validation] if validation else [])]
+        best = [KeepBest(run, recipe, built, validation)] if validation else []
+        _take_steps(trainer, run, start, [gradients, *best], keepers, console=console, report_to=report_to)
+        if validation:
+            validation.check_fault(trainer.state.global_step)
+        _check_labels(run, gradients, steps)
     loss = checkpoints.last_loss(run.folder, steps)
-    return built, {"steps": steps, "loss": loss, "gradients_checked_at_step": gradients.passed_at}
+    facts = {"steps": steps, "loss": loss, "gradients_checked_at_step": gradients.passed_at}
+    return Fitted(built, validation.best if validation else None, facts)
+
+
+def _try_out(recipe: Any, built: BuiltModel, dataset: WindowDataset, console: Console) -> None:
+    if isinstance(recipe, SelfTested) and (found := recipe.self_test(built, dataset)):
+        console.say(found)
+
+
+def _find_start(run: runs.Run, settings: TrainSettings, console: Console) -> checkpoints.Start:
+    """Return where training goes on: from the newest checkpoint whose best weights are there, if those are asked for.
+
+    Raises:
+        OmniError: they are asked for, and no checkpoint has them.
+    """
+    start = checkpoints.find_start(run.folder / runs.CHECKPOINTS, run.manifest.key())
+    if is_best_whole(run, start.facts):
+        return start
+    folder = best_folder(run.folder, start.facts["best"]["step"])
+    said = f"{folder} {'does not match its receipt' if folder.is_dir() else 'is gone'}"
+    if settings.publish == "last":
+        console.warn(f"{said}; the best step is sought from here on")
+        return replace(start, facts={**start.facts, "best": None})
+    earlier = _with_whole_best(run, start.step)
+    if earlier is None:
+        raise OmniError(f"{said}: the best weights, and train.publish = best; {_how_to_get_back(start)}")
+    console.warn(f"{said}; going back to the checkpoint of step {earlier.step}, to find the best weights again")
+    checkpoints.discard_from(run.folder / runs.CHECKPOINTS, earlier.step + 1)
+    return earlier
+
+
+def _with_whole_best(run: runs.Run, before: int) -> checkpoints.Start | None:
+    """Return the newest checkpoint before a step whose best weights are there; all checkpoints verify."""
+    saved = run.folder / runs.CHECKPOINTS
+    for step in reversed(checkpoints.steps_saved(saved)):
+        folder = saved / f"{checkpoints.PREFIX}{step}"
+        facts = files.read_receipt(folder) or {}
+        if step < before and is_best_whole(run, facts):
+            return checkpoints.Start(step, folder, facts)
+    return None
+
+
+def _how_to_get_back(start: checkpoints.Start) -> str:
+    """Say what to do about best weights that are lost; what a run's weights are does not depend on its name."""
+    return (
+        f"the checkpoint of step {start.step} is good and stays: put a copy of them back, or make them again (the same "
+        f"command with --run NAME, until step {start.facts['best']['step']} is saved; copy best/ of that run to this "
+        "one), then run the same command again; or start anew with --fresh"
+    )
+
+
+def _free_memory() -> None:
+    gc.collect()  # a Trainer and its callbacks know each other
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _take_steps(
-    trainer: Any, run: runs.Run, start: checkpoints.Start, gradients: GradientCheck, console: Console
+    trainer: Any,
+    run: runs.Run,
+    start: checkpoints.Start,
+    watchers: Sequence[TrainerCallback],
+    keepers: Sequence[Keeper],
+    *,
+    console: Console,
+    report_to: Sequence[str],
 ) -> None:
-    """Train to the last step, or until a signal comes."""
-    steps = trainer.args.max_steps
+    """Train to the last step, or until a signal comes.
+
+    Raises:
+        BadStep: a step must not move a weight.
+    """
+    steps, found = trainer.args.max_steps, None
     if trainer.args.dataloader_num_workers:
         start_server()
     if (gpus := torch.cuda.device_count()) > 1:
         console.say(f"training on one of {gpus} GPUs; CUDA_VISIBLE_DEVICES chooses which")
-    with console.progress("train", steps - start.step, "steps") as bar:
+    recorder = recorder_of(run, trainer.args.device, trainer.model, console)
+    with console.progress("train", steps - start.step, "steps") as bar, recorder.running():
         stop = StopOnSignal(console)
-        for callback in (gradients, stop, Journal(run, gradients, bar)):
-            trainer.add_callback(callback)
         try:
+            journal = Journal(run, keepers, bar, recorder, trainer.pace, guard=trainer.guard)
+            others = reporters(report_to, run, start.step)
+            for callback in (*watchers, stop, journal, *others, StopWhenSaved(stop)):
+                trainer.add_callback(callback)
             with in_words_of_workers():
                 trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
+        except BadStep as bad:
+            if stop.signal is None:
+                raise
+            found = bad.found
         finally:
             stop.restore()
     if stop.signal == signal.SIGINT:
         raise KeyboardInterrupt
+    if found:  # whoever sent the signal does not wait for a step to be taken again
+        raise Preempted(f"stopped at a bad step ({found.said}), unsaved; run the same command again")
     if stop.signal and trainer.state.global_step < steps:
         raise Preempted(f"stopped at step {trainer.state.global_step} of {steps}, saved; run the same command again")
+
+
+def _check_labels(run: runs.Run, gradients: GradientCheck, steps: int) -> None:
     if not gradients.had_label:
         raise DataError(
             f"run {run.folder}: none of the {steps} steps met a label that counts; take more of them, or {MORE_LABELS}"
@@ -89,15 +230,17 @@ def make_trainer(
         mixins: classes whose methods come before ours.
     """
     models.ready_device()  # the Trainer's choice too
-    trainer = compose_trainer(recipe.trainer().trainer, *mixins)(
-        model=built.model,
-        args=trainer_arguments(folder, recipe, steps),
-        train_dataset=Dataset.from_dict({"index": list(range(len(dataset)))}),
-        data_collator=RowCollator(dataset, recipe),
-        processing_class=built.tokenizer,
-    )
+    with types_kept(built.model):
+        trainer = compose_trainer(recipe.trainer().trainer, *mixins)(
+            model=built.model,
+            args=trainer_arguments(folder, recipe, steps),
+            train_dataset=Dataset.from_dict({"index": list(range(len(dataset)))}),
+            data_collator=RowCollator(dataset, recipe),
+            processing_class=built.tokenizer,
+        )
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, which holds nothing but `--json`
-    trainer.recipe, trainer.preprocess = recipe, dataset.preprocess
+    trainer.recipe, trainer.preprocess, trainer.own_rates = recipe, dataset.preprocess, built.own_rates
+    trainer.guard, trainer.validation = Guard(recipe.train, {}), None
     # Qwen2.5-VL declares False; our loss divides by the count of the whole step, which the Trainer gives only so.
     trainer.model_accepts_loss_kwargs = True
     return trainer

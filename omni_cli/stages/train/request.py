@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from omni_cli.profiles import Machine
 from omni_cli.recipe import Sampled, Trainable
 
 
@@ -31,3 +32,5 @@ class TrainRequest:
     fresh: bool = False
     dry_run: bool = False
     asked: frozenset[str] | None = None  # keys of the settings that the user typed; None: all of them
+    machine: Machine | None = None  # what the profile promises; None: no memory is held against it
+    report_to: tuple[str, ...] = ()  # where curves go besides history.jsonl; the weights do not depend on it

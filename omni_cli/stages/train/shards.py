@@ -16,6 +16,7 @@ from omni_cli.stages import locate
 from omni_cli.stages.etl import EtlRequest, etl
 from omni_cli.stages.fitting import check_fit
 from omni_cli.stages.train.request import TrainRequest
+from omni_cli.stages.train.validation import longest_measured
 
 MORE_LABELS = "make other shards with omni etl, with fewer filters, a shorter warm-up of windows, or another teacher"
 
@@ -45,7 +46,7 @@ def chosen_shards(recipe: Any, request: TrainRequest) -> ShardSet:
 
 
 def check_rows(dataset: WindowDataset, recipe: Any, folder: Path) -> None:
-    """Refuse shards that teach nothing, or hold a sample that is too long.
+    """Refuse shards that teach nothing, or hold a sample that is too long, be it one to measure on.
 
     Raises:
         DataError: they do.
@@ -54,7 +55,11 @@ def check_rows(dataset: WindowDataset, recipe: Any, folder: Path) -> None:
         raise DataError(f"{folder}: no window in the train split; make other shards with: omni etl")
     if not any(_has_label(dataset, index, recipe) for index in range(len(dataset))):
         raise DataError(f"{folder}: none of its {len(dataset)} windows has a label that counts; {MORE_LABELS}")
-    if isinstance(recipe, Tokenized) and (longest := max(dataset.token_lengths())) > recipe.max_tokens:
+    settings = recipe.train
+    if not isinstance(recipe, Tokenized):
+        return
+    longest = max([*dataset.token_lengths(), longest_measured(dataset, settings)])
+    if longest > recipe.max_tokens:
         raise DataError(
             f"{folder}: a sample has {longest} tokens, more than train.max_tokens = {recipe.max_tokens}; nothing is "
             "ever cut: make a smaller --canvas or --window at etl, or raise --set train.max_tokens"

@@ -23,6 +23,9 @@ from omni_cli.samples.dataset import WindowDataset
 from omni_cli.samples.preprocess import Preprocess
 from omni_cli.stages.disk import CHECKPOINTS_KEPT, writing
 from omni_cli.stages.loading import Patient
+from omni_cli.stages.train.guards import WINDOWS, Guarded
+from omni_cli.stages.train.rates import OwnRates
+from omni_cli.stages.train.validation import Validated
 
 
 class TrueLoss:
@@ -66,8 +69,8 @@ class TrueLoss:
 
 
 def compose_trainer(base: type, *mixins: type) -> type:
-    """Return a Trainer class with our loss; methods of `mixins` come before it."""
-    return type("OmniTrainer", (*mixins, TrueLoss, base), {})
+    """Return a Trainer class with our loss and guard; methods of `mixins` come before them."""
+    return type("OmniTrainer", (*mixins, Guarded, Validated, OwnRates, TrueLoss, base), {})
 
 
 def trainer_arguments(folder: Path, recipe: Any, steps: int) -> Any:
@@ -163,5 +166,6 @@ class RowCollator:
     recipe: Trainable
 
     def __call__(self, rows: Sequence[Mapping[str, int]]) -> Batch:
-        """Read the windows and stack them."""
-        return self.recipe.collate([self.dataset[row["index"]] for row in rows], self.dataset.preprocess)
+        """Read the windows and stack them, with their numbers."""
+        batch = self.recipe.collate([self.dataset[row["index"]] for row in rows], self.dataset.preprocess)
+        return {**batch, WINDOWS: torch.tensor([row["index"] for row in rows])}
