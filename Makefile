@@ -12,7 +12,7 @@ install: $(STAMP)  ## create .venv with the pinned, tested versions
 $(STAMP): pyproject.toml .ci/constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[dev,onnx,openpilot,ray]'
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[dev,bnb,onnx,openpilot,ray]'
 	touch $@
 
 check: $(STAMP)  ## format, lint, types, layers
