@@ -112,11 +112,13 @@ def test_whose_shards_these_are_decides_which_windows_all_are_asked_about(home, 
 
 
 def test_runs_of_one_name_are_told_apart_by_their_folders(home, capsys, tmp_path):
-    shutil.copytree("runs/a", tmp_path / "a")
-    code, found, said = asked(capsys, "a", str(tmp_path / "a"), "--out", str(tmp_path / "out"))
+    """However long the names of folders are, the picture has room for them."""
+    other = tmp_path / ("x" * 90) / "a"
+    shutil.copytree("runs/a", other)
+    code, found, said = asked(capsys, "a", str(other), "--out", str(tmp_path / "out"))
     assert code == 0, said
-    assert [line["name"] for line in found["models"]] == ["runs/a", str(tmp_path / "a")]
-    assert {(pair["one"], pair["other"]) for pair in found["pairs"]} == {("runs/a", str(tmp_path / "a"))}
+    assert [line["name"] for line in found["models"]] == ["runs/a", str(other)]
+    assert {(pair["one"], pair["other"]) for pair in found["pairs"]} == {("runs/a", str(other))}
     assert omni(["eval", "a", str(Path("runs/a").resolve())]) == 2
     assert "a is named twice" in capsys.readouterr().err
 

@@ -27,6 +27,7 @@ from omni_cli.stages.pictures import save
 
 COMPARISON_FILE, COMPARISON_PAGE, COMPARISON_PICTURE = "comparison.json", "comparison.html", "comparison.png"
 FEWEST_TO_JUDGE = 6  # recordings, for one model to be called better: of 5, chance alone gives all one sign once in 16
+_LONGEST_NAME = 28  # letters beside a panel
 _ONE_PAIR = (
     "An interval is of its pair alone: of a hundred pairs of equal models four to eight are expected to look unequal, "
     "and more where few drives are very different from the others."
@@ -240,7 +241,12 @@ def scores_with_intervals(found: Mapping[str, Any], metrics: Sequence[Metric]) -
             low, high = line[f"{metric.key}_interval"] or (line[metric.key], line[metric.key])
             axis.plot([low, high], [place, place], "-", color="#2463a8", linewidth=2)
             axis.plot(line[metric.key], place, "o", color="#2463a8")
-        axis.set_yticks(range(len(models)), [line["name"] for line in reversed(models)])
+        axis.set_yticks(range(len(models)), [_end_of(line["name"]) for line in reversed(models)])
         axis.set_ylim(-0.6, len(models) - 0.4)
         axis.set_xlabel(metric_title(metric))
     return figure
+
+
+def _end_of(name: str) -> str:
+    """Return as much of the end of a name as leaves room for the panel beside it: folders may have long ones."""
+    return name if len(name) <= _LONGEST_NAME else f"…{name[1 - _LONGEST_NAME :]}"
