@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 
 from omni_cli.errors import DataError
 from omni_cli.recipes.vlm import Vlm
 from omni_cli.recipes.vlm.settings import VlmSample
 from omni_cli.report import Console
+from omni_cli.samples import prompts
 from omni_cli.samples.dataset import WindowDataset
 from omni_cli.samples.shards import open_shards
 from omni_cli.samples.splits import check_no_leak
@@ -38,12 +40,18 @@ def test_windows_of_two_cameras_have_their_skew_and_their_motion(made):
 
 
 def test_each_window_has_the_tokens_of_its_answer(made):
+    """pain 9: what is learned is the answer with the end of its turn, all of it and nothing else."""
     result, shards = made
     dataset = WindowDataset(shards, "train", result["sidecar"])
     tokenizer = RECIPE.tokenizer(dataset.preprocess)
     for index in range(len(dataset)):
         row = dataset.row(index)
-        answer = tokenizer.decode(row["labels"][row["labels"] >= 0])
+        ids, is_learned = row["input_ids"], row["labels"] >= 0
+        answer = tokenizer.decode(row["labels"][is_learned])
+        assert answer == prompts.render_answer("ego-motion", row) + prompts.ANSWER_END
+        assert torch.equal(row["labels"][is_learned], ids[is_learned])
+        assert is_learned.tolist() == sorted(is_learned.tolist())  # from its first token to the last of the row
+        assert tokenizer.decode(ids[~is_learned]) == prompts.render_prompt(dataset.preprocess, row["start_speed_mps"])
         assert f"Total displacement: {row['displacement_m']:.2f}m." in answer
         assert row["position_ids"].shape == (4, len(row["input_ids"]))
         assert not any(text in tokenizer.decode(row["input_ids"]) for text in (row["recording"], "train", ".mp4"))

@@ -158,6 +158,7 @@ class Failing(Console):
 
 @pytest.mark.fault("F6", "F26")
 def test_a_shard_that_is_damaged_while_training_is_one_line(shards, tmp_path):
+    """pain 10: no other window takes the place of one that cannot be read."""
     shutil.copytree(shards, tmp_path / "shards")
     entry = next(entry for entry in open_shards(shards).manifest.recordings if entry.windows.get("train"))
     path = frames_path(tmp_path / "shards", entry.id)

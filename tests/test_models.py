@@ -69,7 +69,10 @@ def seen(output: Any) -> torch.Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("grids", [[(2, 4, 8), (2, 4, 8)], [(1, 6, 10), (4, 4, 8), (2, 10, 4)]])
 def test_a_batched_tower_equals_the_librarys_with_its_gradients(family: str, grids) -> None:
-    """The second case has attention windows of several lengths, cut off at the pictures' edges."""
+    """pain 5, 6: a few large calls, and patches embedded as a matrix product.
+
+    The second case has attention windows of several lengths, cut off at the pictures' edges.
+    """
     vlm = recipe(family)
     model = vlm.build(vlm.preprocess()).model
     towers = [model.model.visual, librarys_own(model).model.visual]
@@ -272,6 +275,7 @@ def saved(folder: Path) -> Vlm:
 
 
 def test_a_base_that_lacks_weights_is_refused(tmp_path) -> None:
+    """pain 6: the library would draw them at random."""
     vlm = saved(tmp_path)
     path = tmp_path / "model.safetensors"
     weights = {k: v for k, v in load_file(path).items() if "merger.mlp.2" not in k}
