@@ -34,3 +34,15 @@ def hub(repository, tmp_path_factory, monkeypatch):
 
     with served(repository, tmp_path_factory.mktemp("hub"), monkeypatch) as hub:
         yield hub
+
+
+@pytest.fixture
+def push_hub(monkeypatch):
+    """A hub that takes models, to which this process pushes."""
+    from tests.support.hub_push import serve_pushes
+
+    with serve_pushes() as hub:
+        for name, value in hub.environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        yield hub

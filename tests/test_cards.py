@@ -23,11 +23,16 @@ from omni_cli.stages.merge import MergeRequest, merge
 from omni_cli.stages.origins import NOT_OURS, DataOrigin, base_origin, check_right, origin_of
 from omni_cli.stages.push import PushRequest
 from tests.support import with_torchvision
-from tests.support.hub_push import TOKEN, Fault, serve_pushes
+from tests.support.hub_push import TOKEN, Fault
 from tests.support.pipeline import QUIET, make_run, tiny_recipe, write_synthetic
 
 NAME = "me/drive"
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub 2.4, large files
+
+
+@pytest.fixture
+def hub(push_hub):
+    return push_hub
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +55,6 @@ def in_full(data, tmp_path_factory):
 @pytest.fixture(params=["adapted", "in_full"])
 def made(request):
     return request.getfixturevalue(request.param)
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    with serve_pushes() as hub:
-        for name, value in hub.environment.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-        yield hub
 
 
 @pytest.fixture

@@ -1,11 +1,9 @@
 """LLaVA-OneVision and InternVL, which read whole frames, against the library's own forward, generation and prompts."""
 
 import re
-from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
-import pyarrow as pa
 import pytest
 import torch
 from transformers import (
@@ -23,6 +21,7 @@ from omni_cli.models.adapters import check_gradients
 from omni_cli.recipes.vlm import Vlm
 from omni_cli.samples import prompts
 from omni_cli.samples.tiling import TiledPreprocess
+from tests.test_models import make_rows
 
 FAMILIES = ("llava_onevision", "internvl")
 SPEEDS_MPS = (3.2, 115.75, -0.5)
@@ -32,19 +31,6 @@ EIGHT_SPEEDS_MPS = (0.0, 2.5, 5.25, 9.75, 13.5, 17.0, 22.75, 31.25)
 def recipe(family: str, mode: str = "full", **more: Any) -> Vlm:
     sample = {"cameras": "4-cam", "window": 3, **more.pop("sample", {})}
     return Vlm(model=f"tiny:{family}", precision="float32", sample=sample, tune={"mode": mode, "rank": 4}, **more)
-
-
-def make_rows(vlm: Vlm, speeds_mps: Sequence[float] = SPEEDS_MPS) -> list[dict[str, Any]]:
-    preprocess = vlm.preprocess()
-    targets = [{"start_speed_mps": v, "mean_speed_mps": v, "displacement_m": 0.3 * v} for v in speeds_mps]
-    generator = torch.Generator().manual_seed(0)
-    rows = []
-    for row in vlm.encode_windows(pa.Table.from_pylist(targets), preprocess).to_pylist():
-        tensors = {name: torch.tensor(values) for name, values in row.items()}
-        tensors["position_ids"] = tensors["position_ids"].view(4, -1)
-        pictures = torch.randint(0, 256, preprocess.window_shape, generator=generator, dtype=torch.uint8)
-        rows.append({**tensors, "pictures": pictures})
-    return rows
 
 
 def librarys_own(model: Any, folder: Any) -> Any:
@@ -67,7 +53,7 @@ def as_the_library_reads(rows: list[dict[str, Any]], preprocess: TiledPreprocess
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients_equal_the_librarys_own(family: str, tmp_path) -> None:
     vlm = recipe(family)
-    preprocess, rows = vlm.preprocess(), make_rows(vlm)
+    preprocess, rows = vlm.preprocess(), make_rows(vlm, SPEEDS_MPS)
     model = vlm.build(preprocess).model
     library = librarys_own(model, tmp_path)
     labels = qwen_vl.pad_rows([row["labels"] for row in rows], -100)
@@ -89,7 +75,7 @@ def test_loss_and_gradients_equal_the_librarys_own(family: str, tmp_path) -> Non
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_rows_answer_as_rows_alone(family: str) -> None:
     vlm = recipe(family)
-    preprocess, rows = vlm.preprocess(), make_rows(vlm)
+    preprocess, rows = vlm.preprocess(), make_rows(vlm, SPEEDS_MPS)
     model = vlm.build(preprocess).model.eval()
     with torch.no_grad():
         together = vlm.outputs(model, vlm.collate(rows, preprocess), preprocess)
@@ -120,7 +106,7 @@ def test_eight_samples_are_learned_to_exact_answers(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers_equal_the_librarys_own_generation(family: str, tmp_path) -> None:
     vlm = recipe(family)
-    preprocess, rows = vlm.preprocess(), make_rows(vlm)
+    preprocess, rows = vlm.preprocess(), make_rows(vlm, SPEEDS_MPS)
     built = vlm.build(preprocess)
     library = librarys_own(built.model.eval(), tmp_path)
     end, pad = built.tokenizer.convert_tokens_to_ids(prompts.ANSWER_END), built.tokenizer.pad_token_id
@@ -138,7 +124,7 @@ def test_answers_equal_the_librarys_own_generation(family: str, tmp_path) -> Non
 def test_an_adapter_learns_and_its_tower_stays_outside_autograd(family: str) -> None:
     """Pain 4: where the language model alone learns, no layer of the tower is in the graph."""
     vlm = recipe(family, "lora")
-    preprocess, rows = vlm.preprocess(), make_rows(vlm)
+    preprocess, rows = vlm.preprocess(), make_rows(vlm, SPEEDS_MPS)
     model = vlm.build(preprocess).model.train()
     model.enable_input_require_grads()
     qwen_vl.base_of(model).activation_checkpointing_enable()
@@ -152,7 +138,7 @@ def test_an_adapter_learns_and_its_tower_stays_outside_autograd(family: str) -> 
 def test_an_adapter_sits_on_the_tower_too(family: str, layer: str) -> None:
     vlm = recipe(family, "lora")
     vlm = vlm.model_copy(update={"tune": vlm.tune.model_copy(update={"vision_targets": (layer,)})})
-    preprocess, rows = vlm.preprocess(), make_rows(vlm)
+    preprocess, rows = vlm.preprocess(), make_rows(vlm, SPEEDS_MPS)
     model = vlm.build(preprocess).model.train()
     vlm.loss(model, vlm.collate(rows, preprocess), preprocess).total.backward()
     found = [name for name, weight in model.named_parameters() if "vision_tower" in name and weight.requires_grad]
@@ -165,7 +151,7 @@ def test_an_adapter_sits_on_the_tower_too(family: str, layer: str) -> None:
 def test_where_the_merger_learns_the_graph_begins_at_it(family: str) -> None:
     vlm = recipe(family, "lora")
     vlm = vlm.model_copy(update={"tune": vlm.tune.model_copy(update={"train_merger": True})})
-    preprocess, rows = vlm.preprocess(), make_rows(vlm)
+    preprocess, rows = vlm.preprocess(), make_rows(vlm, SPEEDS_MPS)
     model = vlm.build(preprocess).model.train()
     base = qwen_vl.base_of(model)
     base.activation_checkpointing_enable()
@@ -187,7 +173,7 @@ def test_where_the_merger_learns_the_graph_begins_at_it(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blind_training_is_exactly_grey_pictures(family: str) -> None:
     blind, seeing = recipe(family, train={"blind": True}), recipe(family)
-    preprocess, rows = blind.preprocess(), make_rows(blind)
+    preprocess, rows = blind.preprocess(), make_rows(blind, SPEEDS_MPS)
     model = blind.build(preprocess).model.eval()
     grey = [{**row, "pictures": torch.full_like(row["pictures"], 128)} for row in rows]
     with torch.no_grad():
@@ -218,8 +204,9 @@ def test_internvl_gets_the_frames_that_its_own_processor_writes() -> None:
 
 
 def test_frames_are_normalised_as_the_librarys_processor_does() -> None:
-    preprocess = recipe("llava_onevision", sample={"window": 1, "cameras": "camera_front_wide_120fov"}).preprocess()
-    picture = make_rows(recipe("llava_onevision", sample={"window": 1, "cameras": "camera_front_wide_120fov"}))[0]
+    one_view = recipe("llava_onevision", sample={"window": 1, "cameras": "camera_front_wide_120fov"})
+    preprocess = one_view.preprocess()
+    (picture,) = make_rows(one_view, [3.0])
     ours = preprocess.pixel_values(picture["pictures"][None])[0, 0]
     processor = LlavaOnevisionImageProcessorPil(
         size={"height": 112, "width": 112}, image_mean=[0.5] * 3, image_std=[0.5] * 3, image_grid_pinpoints=[[112, 112]]

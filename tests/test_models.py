@@ -3,6 +3,7 @@
 import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def recipe(family: str, mode: str = "full", **train: Any) -> Vlm:
     return Vlm(model=f"tiny:{family}", precision="float32", sample=sample, tune={"mode": mode, "rank": 4}, train=train)
 
 
-def make_rows(vlm: Vlm, speeds: list[float]) -> list[dict[str, Any]]:
+def make_rows(vlm: Vlm, speeds: Sequence[float]) -> list[dict[str, Any]]:
     preprocess = vlm.preprocess()
     targets = [{"start_speed_mps": v, "mean_speed_mps": v, "displacement_m": 0.3 * v} for v in speeds]
     generator = torch.Generator().manual_seed(0)

@@ -14,7 +14,7 @@ from omni_cli.report import Console
 from omni_cli.stages import runs
 from omni_cli.stages.push import PushRequest, check_repository, push
 from tests.support import push_once
-from tests.support.hub_push import LARGE_BYTES, OF_A_MIRROR, TOKEN, Fault, serve_pushes
+from tests.support.hub_push import LARGE_BYTES, OF_A_MIRROR, TOKEN, Fault
 
 # huggingface_hub 2.4 hands httpx2 a large file in the old way
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -23,12 +23,8 @@ CARD = "---\ntags:\n- omni\n---\n\n# drive\n"
 
 
 @pytest.fixture
-def hub(monkeypatch):
-    with serve_pushes() as hub:
-        for name, value in hub.environment.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-        yield hub
+def hub(push_hub):
+    return push_hub
 
 
 @pytest.fixture

@@ -3,13 +3,15 @@
 import shlex
 from collections.abc import Collection, Sequence
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 from omni_cli.config import Layer, differences, resolve
-from omni_cli.errors import UsageError
+from omni_cli.errors import DataError, UsageError
 from omni_cli.report import Console
 from omni_cli.samples.preprocess import Preprocess
-from omni_cli.samples.shards import ShardSet
+from omni_cli.samples.shards import ShardSet, open_shards
+from omni_cli.stages import runs
 
 _NOT_ASKED = {"kind", "decoder_id"}  # of a preprocessing: what no setting of the recipe asks for
 
@@ -32,6 +34,22 @@ def as_cut(recipe: Any, shards: ShardSet, console: Console, asked: Collection[st
     if changed:
         console.say(f"shards {shards.folder} are not as asked ({'; '.join(changed)}); the run records what they are")
     return made
+
+
+def own_shards(run: runs.Run, *, are_needed: bool) -> ShardSet | None:
+    """Return the shards that a run learned from, if they are still there and still those.
+
+    Raises:
+        DataError: they are damaged or of an older format, and needed.
+    """
+    folder = Path(run.manifest.shards.folder)
+    try:
+        shards = open_shards(folder) if folder.is_dir() else None
+    except DataError:
+        if are_needed:
+            raise
+        return None
+    return shards if shards and shards.manifest.fingerprint == run.manifest.shards.fingerprint else None
 
 
 def check_fit(recipe: Any, shards: ShardSet, profile: str, *, is_to_measure: bool = False) -> Preprocess:

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from omni_cli.errors import DataError, OmniError
+from omni_cli.errors import OmniError
 from omni_cli.models.losses import IGNORED
 from omni_cli.recipe import BuiltModel, Mergeable, Row
 from omni_cli.recipe.by_file import MergeableByFile
 from omni_cli.report import Console, counted
 from omni_cli.samples.dataset import WindowDataset
 from omni_cli.samples.preprocess import Preprocess
-from omni_cli.samples.shards import ShardSet, open_shards
 from omni_cli.stages import models, runs
 from omni_cli.stages.etl.sidecar import ensure_sidecar
+from omni_cli.stages.fitting import own_shards
 
 # Largest difference of an output, as a share of the largest, and the share of positions whose first choice stays:
 # merging rounds every weight to the model's type once, and near ties may then fall the other way.
@@ -251,7 +251,7 @@ def said(parity: Parity) -> str:
 
 def _real_rows(recipe: MergeableByFile, run: runs.Run, console: Console) -> list[Row]:
     """Return windows of the run's own shards, evenly apart; none where those are gone."""
-    shards = _own_shards(run)
+    shards = own_shards(run, are_needed=False)
     if shards is None:
         console.say("comparing on seeded noise alone: the shards that the run learned from are gone or were made anew")
         return []
@@ -261,15 +261,6 @@ def _real_rows(recipe: MergeableByFile, run: runs.Run, console: Console) -> list
     step = max(1, math.ceil(len(dataset) / REAL_WINDOWS))
     rows = [dataset[index] for index in range(0, len(dataset), step)]
     return [row for row in rows if bool((row["labels"] != IGNORED).any())]
-
-
-def _own_shards(run: runs.Run) -> ShardSet | None:
-    folder = Path(run.manifest.shards.folder)
-    try:
-        shards = open_shards(folder) if folder.is_dir() else None
-    except DataError:
-        return None
-    return shards if shards and shards.manifest.fingerprint == run.manifest.shards.fingerprint else None
 
 
 def _to_compare(recipe: MergeableByFile, built: BuiltModel) -> BuiltModel:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from omni_cli import files
-from omni_cli.errors import DataError
 from omni_cli.models.hub_models import fetch_with
 from omni_cli.profiles import default_profile
 from omni_cli.recipe import BuiltModel
@@ -158,24 +157,6 @@ def report_name(called: str) -> str:
 def is_own(candidate: Candidate, shards: ShardSet) -> bool:
     """Say whether a candidate learned from these shards."""
     return candidate.run is not None and shards.manifest.fingerprint == candidate.run.manifest.shards.fingerprint
-
-
-def own_shards(candidate: Candidate, *, are_needed: bool) -> ShardSet | None:
-    """Return the shards that a candidate learned from, if they are known, still there and still those.
-
-    Raises:
-        DataError: they are damaged or of an older format, and needed.
-    """
-    if candidate.run is None:
-        return None
-    folder = Path(candidate.run.manifest.shards.folder)
-    try:
-        shards = open_shards(folder) if folder.is_dir() else None
-    except DataError:
-        if are_needed:
-            raise
-        return None
-    return shards if shards and is_own(candidate, shards) else None
 
 
 def _run_of(folder: Path, receipt: Mapping[str, Any]) -> runs.Run | None:

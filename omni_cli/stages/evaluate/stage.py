@@ -15,7 +15,7 @@ from omni_cli.samples.shards import ShardSet, open_shards
 from omni_cli.stages import models, pictures, runs
 from omni_cli.stages.etl import ensure_sidecar
 from omni_cli.stages.evaluate.asking import Asker, Condition
-from omni_cli.stages.evaluate.candidates import Candidate, candidate_of_run, is_own, own_shards, placed
+from omni_cli.stages.evaluate.candidates import Candidate, candidate_of_run, is_own, placed
 from omni_cli.stages.evaluate.conditions import shown
 from omni_cli.stages.evaluate.page import write_report_page
 from omni_cli.stages.evaluate.request import (
@@ -28,7 +28,7 @@ from omni_cli.stages.evaluate.request import (
 )
 from omni_cli.stages.evaluate.scored import Scored, metrics_of
 from omni_cli.stages.evaluate.tables import notes_of, show_scores, show_strata, title_of, verdicts
-from omni_cli.stages.fitting import check_fit
+from omni_cli.stages.fitting import check_fit, own_shards
 from omni_cli.stages.origins import origin_of_shards
 from omni_cli.stages.raw_lock import reading
 from omni_cli.stages.train import train_in
@@ -158,7 +158,7 @@ class Session:
         assert self.own is not None
         twin = recipe.model_copy(update={"train": recipe.train.model_copy(update={"blind": True})})
         folder = run.folder / BLIND
-        with files.exclusive(folder, "training in"):
+        with files.exclusive(folder, runs.TRAINING):
             train_in(folder, twin, self.own, run.manifest.profile, self.console)
         built = placed(twin, twin.load(dataset.preprocess, folder / runs.FINAL))
         return Asker(twin, built, dataset, self.console, self.request.batch).ask(TRAINED_BLIND, dataset.pictures)
@@ -217,7 +217,7 @@ def open_session(candidate: Candidate, request: EvalRequest, console: Console) -
         require(candidate.recipe, Drawable)  # type: ignore[type-abstract]  # a protocol names the capability
     if candidate.run is None and request.shards is None:
         raise UsageError(f"{candidate.name}: nothing says what to measure it on; name windows with --shards")
-    own = own_shards(candidate, are_needed=request.shards is None)
+    own = own_shards(candidate.run, are_needed=request.shards is None) if candidate.run else None
     shards = open_shards(request.shards) if request.shards else own
     if shards is None:
         raise DataError(f"the shards of run {candidate.name} are gone or were made anew; name others with --shards")
