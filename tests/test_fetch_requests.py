@@ -25,6 +25,13 @@ def test_requests_that_cannot_be_are_refused(tmp_path):
         get(tmp_path, source="openpilot")
 
 
+def test_chunks_that_cannot_be_read_are_refused_before_a_hub_is_asked(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    for text in ("x", "1-x", "3-1"):
+        with pytest.raises(UsageError, match=r"--chunks .*: cannot read .*; for example --chunks 5"):
+            get(tmp_path, source="physical_ai_av", chunks=text)
+
+
 def test_a_file_in_the_place_of_a_folder_is_one_line(tmp_path, capsys):
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "synthetic").touch()

@@ -66,20 +66,31 @@ def parse_chunks(text: str, known: Sequence[int]) -> tuple[int, ...]:
         UsageError: the text is none of these, or names a chunk that is not in `known`.
     """
     text = text.strip()
-    if re.fullmatch(r"\d+", text):
+    if text.isdecimal():
         return _first(int(text), known)
     wanted: set[int] = set()
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
-        if match is None or int(match[1]) > int(match[2] or match[1]):
-            raise UsageError(f"--chunks {text}: cannot read {part!r}; {_EXAMPLES}")
-        first, last = int(match[1]), int(match[2] or match[1])
+    for first, last in _spans(text):
         if last > max(known, default=-1):
             raise UsageError(f"--chunks {text}: there is no chunk {last}; known: {_range_of(known)}")
         wanted.update(range(first, last + 1))
     if unknown := sorted(wanted - set(known)):
         raise UsageError(f"--chunks {text}: there is no chunk {unknown[0]}; known: {_range_of(known)}")
     return tuple(sorted(wanted))
+
+
+def _spans(text: str) -> list[tuple[int, int]]:
+    """Return the first and last chunk of each part of `0-4,7`.
+
+    Raises:
+        UsageError: a part is neither a number nor a rising range.
+    """
+    spans = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+        if match is None or int(match[1]) > int(match[2] or match[1]):
+            raise UsageError(f"--chunks {text}: cannot read {part!r}; {_EXAMPLES}")
+        spans.append((int(match[1]), int(match[2] or match[1])))
+    return spans
 
 
 def chunks_of_clips(clips: Sequence[str], chunk_of_clip: Mapping[str, int]) -> tuple[int, ...]:
@@ -98,13 +109,15 @@ def chunks_of_clips(clips: Sequence[str], chunk_of_clip: Mapping[str, int]) -> t
 
 
 def require_choice(chunks: str | None, clips: Sequence[str]) -> None:
-    """Refuse a request that says nothing, or two things.
+    """Refuse, before anything is asked of a hub, a request that says nothing, or two things, or chunks unreadably.
 
     Raises:
-        UsageError: both or neither of `--chunks` and `--clips` are given.
+        UsageError: both or neither of `--chunks` and `--clips` are given, or the chunks cannot be read.
     """
     if bool(chunks) == bool(clips):
         raise UsageError(f"give either --chunks or --clips; {_EXAMPLES}")
+    if chunks:
+        _spans(chunks.strip())
 
 
 def select_chunks(chunks: str | None, clips: Sequence[str], chunk_of_clip: Mapping[str, int]) -> tuple[int, ...]:
