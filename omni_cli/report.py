@@ -137,6 +137,23 @@ class Console:
             sys.stdout.flush()
 
 
+class Mute(Console):
+    """Talks to nobody: of the processes of one piece of work, one alone does."""
+
+    def say(self, line: str) -> None:
+        """Print nothing."""
+
+    def warn(self, line: str) -> None:
+        """Print nothing."""
+
+
+def console_of_rank(*, quiet: bool, json_output: bool) -> Console:
+    """Return what this process talks through; of those that torchrun started all but the first are mute."""
+    if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0":
+        return Mute(quiet=True)
+    return Console(quiet=quiet, json_output=json_output)
+
+
 class _Silent:
     def advance(self, count: int = 1, note: str = "", under_way: float = 0.0) -> None:
         pass

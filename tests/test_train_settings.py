@@ -118,11 +118,9 @@ def test_an_optimizer_that_needs_more_than_its_name_is_refused(tmp_path):
         ask(tmp_path, "r", with_optimizer("lomo"))
 
 
-def test_one_of_several_processes_is_refused(tmp_path, monkeypatch):
+def test_one_of_several_processes_that_nobody_introduced_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(
-        UsageError, match="WORLD_SIZE = 2: training in several processes is not supported yet; run omni"
-    ):
+    with pytest.raises(UsageError, match="WORLD_SIZE = 2 and no RANK: several processes are started by torchrun"):
         ask(tmp_path, "r")
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(UsageError, match="no data folder"):

@@ -1,5 +1,6 @@
 """From what the user typed to a profile and a recipe's settings; the heavy imports happen here, when a verb runs."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from omni_cli.recipes import recipe_class, recipe_names
 from omni_cli.report import Console
 from omni_cli.stages import runs
 from omni_cli.stages.locate import SHARDS_MARK, choose_run, newest_shards
+from omni_cli.stages.models import check_usable
 
 DEFAULT_RECIPE = "vlm"
 PIPELINE_TABLES = ("fetch",)  # of a --config file: for `omni run`; the other verbs pass over them
@@ -29,6 +31,16 @@ FLAG_KEYS: Mapping[str, tuple[str, str]] = {
 }
 
 S = TypeVar("S", bound=Settings)
+
+
+def check_alone(verb: str) -> None:
+    """Refuse to be one of several processes, which would work on the same folders against each other.
+
+    Raises:
+        UsageError: a launcher started several.
+    """
+    if (processes := os.environ.get("WORLD_SIZE") or "1") != "1":
+        raise UsageError(f"WORLD_SIZE = {processes}: only omni train runs in several processes; run {verb} by itself")
 
 
 def choose_profile(name: str | None, console: Console, *, dry_run: bool) -> Profile:
@@ -52,6 +64,7 @@ def compose_recipe(
     config: Path | None = None,
     sets: Sequence[str] | None = None,
     flags: Mapping[str, Any] | None = None,
+    is_to_measure: bool = False,
 ) -> Resolved[Any]:
     """Lay the settings over each other: recipe defaults < profile < `--config` < the verb's own options < `--set`.
 
@@ -61,15 +74,19 @@ def compose_recipe(
         config: a TOML file of settings.
         sets: `KEY=VALUE` texts.
         flags: values of the options in `FLAG_KEYS`; None means not given.
+        is_to_measure: nothing is kept of what the recipe does; the weights of its model may be random.
 
     Raises:
-        UsageError: an unknown recipe, key, type or value, in one line.
+        UsageError: an unknown recipe, key, type or value, in one line; or a model of random weights, to be used.
     """
     schema = recipe_class(recipe_name)
     layers = [profile.recipe_layer(recipe_name)]
     layers += [_without(PIPELINE_TABLES, read_layer(config))] if config else []
     layers += [_flag_layer(option, value) for option, value in (flags or {}).items() if value is not None]
-    return resolve(schema, [*layers, override_layer(sets or [])])
+    resolved: Resolved[Any] = resolve(schema, [*layers, override_layer(sets or [])])
+    if not is_to_measure:
+        check_usable(resolved.value.model)
+    return resolved
 
 
 def typed_keys(resolved: Resolved[Any], profile: Profile) -> frozenset[str]:

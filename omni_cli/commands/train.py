@@ -49,15 +49,17 @@ def command(
 ) -> None:
     """Train on shards; killed and run again, it continues bit for bit.
 
-    Exits with 75 when SIGTERM stopped it: it has saved itself, run the same command again.
+    Exits with 75 when SIGTERM stopped it: it has saved itself, run the same command again. On N GPUs it is started by
+    torchrun --nproc-per-node N -m -- omni_cli train; a step learns from as many windows as on one.
     """
     from omni_cli.commands._compose import choose_profile, compose_recipe, recipe_of_shards, typed_keys
-    from omni_cli.report import Console
+    from omni_cli.report import console_of_rank
     from omni_cli.stages.train import TrainRequest, train
 
-    console = Console(quiet=quiet, json_output=json)
+    console = console_of_rank(quiet=quiet, json_output=json)
     chosen = choose_profile(profile, console, dry_run=dry_run)
-    recipe = compose_recipe(recipe_of_shards(shards, data), chosen, config=config, sets=sets)
+    kind = recipe_of_shards(shards, data)
+    recipe = compose_recipe(kind, chosen, config=config, sets=sets, is_to_measure=dry_run)
     asked = typed_keys(recipe, chosen)
     where, names = (shards, data, runs, run, chosen.name), names_in(report_to)
     machine = chosen.machine

@@ -6,8 +6,13 @@ from pydantic import Field, field_validator, model_validator
 
 from omni_cli.config import Settings
 
+# Optimisers that work on a part of a weight as on the whole, and were tried so.
+CUTTING = ("adamw_torch", "adamw_torch_fused", "sgd")
 # Of the settings of a training: what only watches it. A run that they stopped goes on with others.
 WATCHING = frozenset({"on_bad_step", "max_roll_backs", "spike_window", "spike_factor"})
+
+# Those that older runs do not know, with the value that changes nothing: a run is not known by them.
+WITHOUT_EFFECT = (("sharding", "none"),)
 
 
 class SampleSettings(Settings):
@@ -71,6 +76,7 @@ class TrainSettings(Settings):
     spike_factor: float = Field(3.0, gt=1)  # a loss above so many times their median is high; three in a row: a spike
     validation_windows: int = Field(64, ge=0)  # of the val split, whose loss is measured at every checkpoint; 0: none
     publish: Literal["last", "best"] = "last"  # weights that become the run's: best by the loss on the val split
+    sharding: Literal["none", "fsdp2"] = "none"  # fsdp2: in full tuning each rank of torchrun holds a part of the model
 
     @field_validator("max_steps")
     @classmethod
@@ -83,4 +89,13 @@ class TrainSettings(Settings):
     def _best_is_measured(self) -> Self:
         if self.publish == "best" and not self.validation_windows:
             raise ValueError("publish = best needs validation_windows = 1 or more, which say which weights are best")
+        return self
+
+    @model_validator(mode="after")
+    def _optimizer_can_be_cut(self) -> Self:
+        if self.sharding != "none" and self.optimizer not in CUTTING:
+            raise ValueError(
+                f"sharding = {self.sharding} with optimizer = {self.optimizer}, which is not known to work on parts of "
+                f"weights; take one of {', '.join(CUTTING)}"
+            )
         return self

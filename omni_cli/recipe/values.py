@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from omni_cli.models.grammar import Grammar
 from omni_cli.samples.sync import PlannedWindow
 from omni_cli.scene.clock import Float64Array
 
@@ -29,6 +30,7 @@ class TrainerKind:
     trainer: type
     arguments: type
     always: Mapping[str, Any]
+    shard: Callable[[Any], Any] | None = None  # cuts the model that learns over the ranks; None: it cannot be cut
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,24 @@ class Metric:
     is_drawn: bool = False  # of answers that were drawn by chance, which may be readable where the greedy one is not
 
 
+class Held(NamedTuple):
+    """How far an answer that was held to its format is the model's own."""
+
+    tokens: int  # of the answer, the one that ends it among them
+    off_grammar: int  # of them: the model chose another, by which no answer of the format goes on
+
+    def line(self) -> dict[str, Any]:
+        """Return it as a line of JSON holds it."""
+        return {"forced": self.off_grammar > 0, "tokens": self.tokens, "off_grammar_tokens": self.off_grammar}
+
+
 @dataclass(frozen=True)
 class Prediction:
     """What a model said about one window; `values` is None where the answer could not be read."""
 
     text: str
     values: Mapping[str, Any] | None
+    held: Held | None = None  # None: nothing held it to its format
 
 
 @dataclass(frozen=True)
@@ -106,6 +120,7 @@ class BuiltModel:
     tokenizer: Any
     notes: tuple[str, ...] = ()  # what a user should be told of how it learns
     own_rates: tuple[OwnRate, ...] = ()  # all other weights learn at the settings' rate
+    grammar: Grammar | None = None  # that its answers are held to
 
 
 @dataclass(frozen=True)
@@ -159,6 +174,10 @@ class Program:
     output_names: tuple[str, ...]
     batch: int | None = None  # windows at once; None: the first axis of every input and output may have any length
     metadata: Mapping[str, str] = field(default_factory=dict)  # of the ONNX file
+    # Where other axes than the first may have any length: what they are called, by input or output, and inputs to
+    # trace it with: an axis of length 0 or 1 would be taken for a constant.
+    free_axes: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    traced: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 RunProgram = Callable[[str, Mapping[str, Tensor]], Sequence[Tensor]]

@@ -25,7 +25,7 @@ from typing import Any, Self
 from omni_cli import files
 from omni_cli.config import Layer, Settings, differences, dump_toml, read_document, resolve
 from omni_cli.errors import DataError, UsageError
-from omni_cli.recipe.settings import WATCHING
+from omni_cli.recipe.settings import WATCHING, WITHOUT_EFFECT
 from omni_cli.samples.preprocess import Preprocess
 from omni_cli.stages import run_file
 
@@ -89,7 +89,11 @@ class RunManifest(Settings):
     def identity(self) -> Self:
         """Return the manifest without what the weights do not depend on."""
         shards = self.shards.model_copy(update={"folder": ""})
-        train = {key: value for key, value in self.settings.get("train", {}).items() if key not in WATCHING}
+        train = {
+            key: value
+            for key, value in self.settings.get("train", {}).items()
+            if key not in WATCHING and (key, value) not in WITHOUT_EFFECT
+        }
         settings = {**self.settings, **({"train": train} if "train" in self.settings else {})}
         return self.model_copy(update={"profile": "", "machine": {}, "shards": shards, "settings": settings})
 

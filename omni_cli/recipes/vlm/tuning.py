@@ -1,12 +1,15 @@
 """What of a vision-language model learns, how fast, and what a user is told of it."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import torch
 from pydantic import ValidationInfo
 from torch import nn
 
 from omni_cli.errors import OmniError
-from omni_cli.models import adapters, parts, quantised
+from omni_cli.models import adapters, parts, quantised, qwen_vl, sharded
 from omni_cli.recipe import BuiltModel, OwnRate
 from omni_cli.recipes.vlm.settings import VlmTrain, VlmTune
 
@@ -23,8 +26,10 @@ def can_be_tuned(tune: VlmTune, info: ValidationInfo) -> VlmTune:
     return tune
 
 
-def rates_are_used(train: VlmTrain, info: ValidationInfo) -> VlmTrain:
-    """Refuse a rate for a part of which nothing learns."""
+def can_be_trained(train: VlmTrain, info: ValidationInfo) -> VlmTrain:
+    """Refuse a rate for a part of which nothing learns, and to cut over ranks what is small or not even."""
+    if train.sharding != "none":
+        _check_cut(train.sharding, info)
     learning = info.data["tune"].learning if "tune" in info.data else parts.TITLES
     if idle := [part for part in train.own_rates if part not in learning]:
         title = parts.TITLES[idle[0]]
@@ -32,6 +37,37 @@ def rates_are_used(train: VlmTrain, info: ValidationInfo) -> VlmTrain:
             f"{idle[0]}_learning_rate is set, and {title} does not learn; let it with {_LET_LEARN[idle[0]]}"
         )
     return train
+
+
+def _check_cut(sharding: str, info: ValidationInfo) -> None:
+    if "tune" in info.data and info.data["tune"].mode != "full":
+        raise ValueError(
+            f"sharding = {sharding} is for tune.mode = full; adapters are small, and learn whole on every rank: leave "
+            "it at none"
+        )
+    if info.data.get("precision") == "float16":
+        raise ValueError(f"sharding = {sharding} does not go with precision = float16; take bfloat16 or float32")
+
+
+def cut(precision: str) -> Callable[[Any], Any]:
+    """Return what cuts a model over the ranks."""
+    return partial(sharded.shard, compute=qwen_vl.DTYPES[precision])
+
+
+def as_held(recipe: Any) -> Any:
+    """Return a recipe whose model is held as it learns: in float32 where it is cut over ranks."""
+    is_cut = recipe.train.sharding != "none"
+    return recipe.model_copy(update={"precision": "float32"}) if is_cut else recipe
+
+
+def held_type(recipe: Any) -> torch.dtype:
+    """Return the type of the weights of such a model, in memory and in a checkpoint."""
+    return qwen_vl.DTYPES[as_held(recipe).precision]
+
+
+def written_type(recipe: Any) -> torch.dtype | None:
+    """Return the type that trained weights are written in; None: as they are held."""
+    return qwen_vl.DTYPES[recipe.precision] if recipe.train.sharding != "none" else None
 
 
 def adapter_spec(tune: VlmTune) -> adapters.AdapterSpec:
@@ -64,7 +100,17 @@ def tuned(model: nn.Module, tune: VlmTune) -> nn.Module:
 def built(model: nn.Module, tokenizer: Any, train: VlmTrain) -> BuiltModel:
     """Return what the stages take, with the rates of its parts and what a user should be told."""
     rates = tuple(OwnRate(part, rate, parts.learning_names(model, part)) for part, rate in train.own_rates.items())
-    return BuiltModel(model, tokenizer, (*quantised.notes(model), *_rate_notes(model, train)), rates)
+    notes = (*quantised.notes(model), *_rate_notes(model, train), *_cut_notes(train))
+    return BuiltModel(model, tokenizer, notes, rates)
+
+
+def _cut_notes(train: VlmTrain) -> tuple[str, ...]:
+    return (sharded.NOTE,) if train.sharding != "none" else ()
+
+
+def planned_notes(train: VlmTrain) -> tuple[str, ...]:
+    """Return what a user should be told of a training that is planned."""
+    return tuple(f"{note}; memory is that of all ranks together, without activations" for note in _cut_notes(train))
 
 
 def _rate_notes(model: nn.Module, train: VlmTrain) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from omni_cli.stages.disk import writing
 from omni_cli.stages.runs import HISTORY, Run, seal_folder
 from omni_cli.stages.train.guards import Guard
 from omni_cli.stages.train.pace import WAIT_GOAL, Pace, peak_memory_bytes
+from omni_cli.stages.train.ranks import ALONE, Ranks
 from omni_cli.stages.train.rates import SUFFIX
 from omni_cli.stages.train.telemetry import Recorder
 from omni_cli.stages.train.validation import LOSS
@@ -79,11 +80,14 @@ class Journal(TrainerCallback):
         recorder: knows how long the run was trained, and is told the step.
         pace: of the Trainer.
         guard: which has judged the step that is logged.
+        ranks: of the training; all watch alike, the first writes.
     """
 
     def __init__(
-        self, run: Run, keepers: Sequence[Keeper], bar: Step, recorder: Recorder, pace: Pace, *, guard: Guard
-    ) -> None:
+        self, run: Run, keepers: Sequence[Keeper], bar: Step, recorder: Recorder, pace: Pace, *, guard: Guard,
+        ranks: Ranks = ALONE,
+    ) -> None:  # fmt: skip
+        self._ranks = ranks
         self._run_key = run.manifest.key()
         self._folder = run.folder
         self._keepers = keepers
@@ -119,6 +123,11 @@ class Journal(TrainerCallback):
         logs |= measured  # after the Trainer's own record, which a checkpoint keeps: the reporters that follow see it
         line = {name: float(logs[name]) for name in names if name in logs}
         line |= {"step": state.global_step, "elapsed_s": self._recorder.elapsed_s, **measured}
+        with self._ranks.alike():
+            if self._ranks.is_first:
+                self._append(line)
+
+    def _append(self, line: Mapping[str, float]) -> None:
         with (self._folder / HISTORY).open("a") as stream:
             stream.write(files.canonical_json(line) + "\n")
             stream.flush()
@@ -145,32 +154,46 @@ class Journal(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Make the checkpoint count."""
         assert args.output_dir is not None
-        if state.is_world_process_zero:
-            checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            facts = {key: value for keeper in self._keepers for key, value in keeper.facts.items()}
-            with writing(checkpoint):
-                seal_folder(checkpoint, run=self._run_key, step=state.global_step, **facts)
-            remove_stray_receipts(checkpoint.parent)
+        with self._ranks.alike():
+            if self._ranks.is_first:
+                self._seal(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", state.global_step)
+
+    def _seal(self, checkpoint: Path, step: int) -> None:
+        facts = {key: value for keeper in self._keepers for key, value in keeper.facts.items()}
+        with writing(checkpoint):
+            seal_folder(checkpoint, run=self._run_key, step=step, **facts)
+        remove_stray_receipts(checkpoint.parent)
 
 
 class StopOnSignal(TrainerCallback):
-    """On SIGTERM or Ctrl-C the running step ends, a checkpoint is saved, and training stops: run again to go on."""
+    """On SIGTERM or Ctrl-C the running step ends, a checkpoint is saved, and training stops: run again to go on.
 
-    def __init__(self, console: Console) -> None:
-        self.signal: int | None = None
-        self._console = console
+    Of several ranks one alone may hear it: at the end of each step they ask each other, and stop at the same one.
+
+    Args:
+        console: told of it.
+        ranks: of the training.
+    """
+
+    def __init__(self, console: Console, ranks: Ranks = ALONE) -> None:
+        self._heard = 0
+        self._console, self._ranks = console, ranks
         heard = [each for each in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(each) is not signal.SIG_IGN]
         self._previous = {each: signal.signal(each, self._note) for each in heard}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == self.signal == signal.SIGINT:
+        if number == self._heard == signal.SIGINT and self._ranks.count == 1:  # torchrun repeats what a terminal sends
             raise KeyboardInterrupt  # asked twice: now, without saving
-        self.signal = number
+        self._heard = number
         self._console.warn("stopping after this step, to save it")
+
+    def agree(self) -> int:
+        """Return the signal that any rank has heard, 0 for none; all must call it."""
+        return max(self._ranks.gather(self._heard))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop where a signal came."""
-        if self.signal:
+        if self.agree():
             control.should_save = control.should_training_stop = True
 
     def restore(self) -> None:
@@ -187,5 +210,5 @@ class StopWhenSaved(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop, since the checkpoint counts."""
-        if self._stop.signal:
+        if self._stop.agree():
             control.should_training_stop = True

@@ -3,7 +3,9 @@
 import gc
 import signal
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,10 @@ from omni_cli.stages.train.callbacks import GradientCheck, Journal, Keeper, Stop
 from omni_cli.stages.train.guards import BadStep, Guard
 from omni_cli.stages.train.pace import Pace, Paced
 from omni_cli.stages.train.plan import planned_steps
+from omni_cli.stages.train.ranks import ALONE, Ranks, seed_apart, share_of
 from omni_cli.stages.train.reporters import reporters
 from omni_cli.stages.train.roll_back import roll_back
+from omni_cli.stages.train.sharding import check_sharding
 from omni_cli.stages.train.shards import MORE_LABELS
 from omni_cli.stages.train.telemetry import recorder_of
 from omni_cli.stages.train.trainer import RowCollator, compose_trainer, trainer_arguments
@@ -50,6 +54,7 @@ def fit(
     console: Console,
     *,
     report_to: Sequence[str] = (),
+    ranks: Ranks = ALONE,
 ) -> Fitted:
     """Run the Trainer to its end, from the newest checkpoint of this run that verifies.
 
@@ -61,11 +66,11 @@ def fit(
     """
     while True:
         try:
-            return _attempt(run, recipe, dataset, preprocess, console, report_to=report_to)
+            return _attempt(run, recipe, dataset, preprocess, console, report_to=report_to, ranks=ranks)
         except BadStep as bad:
             found = bad.found
         _free_memory()  # of the model whose frames the exception held
-        roll_back(run, recipe.train, dataset, found, console)
+        ranks.decide(partial(roll_back, run, recipe.train, dataset, found, console))
 
 
 def _attempt(
@@ -76,6 +81,7 @@ def _attempt(
     console: Console,
     *,
     report_to: Sequence[str],
+    ranks: Ranks,
 ) -> Fitted:
     """Run the Trainer to its end.
 
@@ -83,31 +89,31 @@ def _attempt(
         BadStep: a step must not move a weight.
     """
     saved, steps = run.folder / runs.CHECKPOINTS, planned_steps(recipe.train, len(dataset))
-    start = _find_start(run, recipe.train, console)
-    checkpoints.truncate_history(run.folder, start.step)
-    validation = make_validation(recipe, dataset, start.facts, console)
-    guard = Guard(recipe.train, start.facts)
+    start = ranks.decide(partial(_begin, run, recipe.train, console))
+    validation = make_validation(recipe, dataset, start.facts, console, ranks)
+    guard = Guard(recipe.train, start.facts, ranks)
     gradients = GradientCheck(start.facts, guard)
     set_seed(recipe.train.seed)
     built = recipe.build(preprocess, start.checkpoint)
     learns_from = counted(len(dataset), "window")
     console.say(f"run {run.folder}: {_describe(recipe, built)} from {learns_from}, {_span(start.step, steps)}")
-    for note in built.notes:
+    for note in (*built.notes, *_shared(recipe.train, ranks)):
         console.say(note)
-    trainer = make_trainer(saved, recipe, built, dataset, steps, Paced)
-    trainer.guard, trainer.validation, trainer.pace, trainer.args.run_name = guard, validation, Pace(), run.name
+    trainer = make_trainer(saved, recipe, built, dataset, steps, Paced, ranks=ranks)
+    trainer.guard, trainer.validation, trainer.pace, trainer.args.run_name = guard, validation, Pace(ranks), run.name
     if start.checkpoint and start.step == steps:  # killed before the weights were published
         # `train` would take one step more; this is what it does first, so that the same bytes are published.
         trainer._load_from_checkpoint(str(start.checkpoint))
     else:
         _try_out(recipe, built, dataset, console)
         keepers: list[Keeper] = [gradients, guard, *([validation] if validation else [])]
-        best = [KeepBest(run, recipe, built, validation)] if validation else []
-        _take_steps(trainer, run, start, [gradients, *best], keepers, console=console, report_to=report_to)
+        best = [KeepBest(run, recipe, built, validation, ranks)] if validation else []
+        with ranks.noticing_loss():
+            _take_steps(trainer, run, start, [gradients, *best], keepers, console=console, report_to=report_to)
         if validation:
             validation.check_fault(trainer.state.global_step)
         _check_labels(run, gradients, steps)
-    loss = checkpoints.last_loss(run.folder, steps)
+    loss = ranks.decide(partial(checkpoints.last_loss, run.folder, steps))
     facts = {"steps": steps, "loss": loss, "gradients_checked_at_step": gradients.passed_at}
     return Fitted(built, validation.best if validation else None, facts)
 
@@ -115,6 +121,13 @@ def _attempt(
 def _try_out(recipe: Any, built: BuiltModel, dataset: WindowDataset, console: Console) -> None:
     if isinstance(recipe, SelfTested) and (found := recipe.self_test(built, dataset)):
         console.say(found)
+
+
+def _begin(run: runs.Run, settings: TrainSettings, console: Console) -> checkpoints.Start:
+    """Return where training goes on, with a history that ends there."""
+    start = _find_start(run, settings, console)
+    checkpoints.truncate_history(run.folder, start.step)
+    return start
 
 
 def _find_start(run: runs.Run, settings: TrainSettings, console: Console) -> checkpoints.Start:
@@ -183,30 +196,40 @@ def _take_steps(
     steps, found = trainer.args.max_steps, None
     if trainer.args.dataloader_num_workers:
         start_server()
-    if (gpus := torch.cuda.device_count()) > 1:
-        console.say(f"training on one of {gpus} GPUs; CUDA_VISIBLE_DEVICES chooses which")
-    recorder = recorder_of(run, trainer.args.device, trainer.model, console)
-    with console.progress("train", steps - start.step, "steps") as bar, recorder.running():
-        stop = StopOnSignal(console)
+    ranks = trainer.ranks
+    if (gpus := torch.cuda.device_count()) > 1 and ranks.count == 1:
+        console.say(
+            f"training on one of {gpus} GPUs; CUDA_VISIBLE_DEVICES chooses which; on all of them: "
+            f"torchrun --nproc-per-node {gpus} -m -- omni_cli train, with the same options"
+        )
+    if ranks.count > 1:
+        seed_apart(ranks, trainer.args.seed, 0)
+    recorder = recorder_of(run, trainer.args.device, trainer.model, console, ranks)
+    recording = recorder.running() if ranks.is_first else nullcontext()
+    with console.progress("train", steps - start.step, "steps") as bar, recording:
+        stop = StopOnSignal(console, ranks)
         try:
-            journal = Journal(run, keepers, bar, recorder, trainer.pace, guard=trainer.guard)
-            others = reporters(report_to, run, start.step)
+            journal = Journal(run, keepers, bar, recorder, trainer.pace, guard=trainer.guard, ranks=ranks)
+            others = reporters(report_to, run, start.step) if ranks.is_first else []
             for callback in (*watchers, stop, journal, *others, StopWhenSaved(stop)):
                 trainer.add_callback(callback)
             with in_words_of_workers():
                 trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
+            heard = stop.agree()
         except BadStep as bad:
-            if stop.signal is None:
+            heard = stop.agree()
+            if not heard:
                 raise
             found = bad.found
         finally:
             stop.restore()
-    if stop.signal == signal.SIGINT:
-        raise KeyboardInterrupt
+    if heard == signal.SIGINT:
+        ranks.fail(KeyboardInterrupt())
     if found:  # whoever sent the signal does not wait for a step to be taken again
-        raise Preempted(f"stopped at a bad step ({found.said}), unsaved; run the same command again")
-    if stop.signal and trainer.state.global_step < steps:
-        raise Preempted(f"stopped at step {trainer.state.global_step} of {steps}, saved; run the same command again")
+        ranks.fail(Preempted(f"stopped at a bad step ({found.said}), unsaved; run the same command again"))
+    if heard and trainer.state.global_step < steps:
+        at = trainer.state.global_step
+        ranks.fail(Preempted(f"stopped at step {at} of {steps}, saved; run the same command again"))
 
 
 def _check_labels(run: runs.Run, gradients: GradientCheck, steps: int) -> None:
@@ -217,8 +240,9 @@ def _check_labels(run: runs.Run, gradients: GradientCheck, steps: int) -> None:
 
 
 def make_trainer(
-    folder: Path, recipe: Any, built: BuiltModel, dataset: WindowDataset, steps: int, *mixins: type
-) -> Any:
+    folder: Path, recipe: Any, built: BuiltModel, dataset: WindowDataset, steps: int, *mixins: type,
+    ranks: Ranks = ALONE,
+) -> Any:  # fmt: skip
     """Return the recipe's Trainer with our loss, ready to run.
 
     Args:
@@ -228,22 +252,35 @@ def make_trainer(
         dataset: the windows to learn from.
         steps: of the optimiser.
         mixins: classes whose methods come before ours.
+        ranks: of the training.
     """
+    rows = len(dataset) + (ranks.count > 1)  # one past the last stands for a batch to be spared
+    check_sharding(recipe, ranks.count)
     models.ready_device()  # the Trainer's choice too
     with types_kept(built.model):
         trainer = compose_trainer(recipe.trainer().trainer, *mixins)(
             model=built.model,
-            args=trainer_arguments(folder, recipe, steps),
-            train_dataset=Dataset.from_dict({"index": list(range(len(dataset)))}),
+            args=trainer_arguments(folder, recipe, steps, ranks),
+            train_dataset=Dataset.from_dict({"index": list(range(rows))}),
             data_collator=RowCollator(dataset, recipe),
             processing_class=built.tokenizer,
         )
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, which holds nothing but `--json`
     trainer.recipe, trainer.preprocess, trainer.own_rates = recipe, dataset.preprocess, built.own_rates
-    trainer.guard, trainer.validation = Guard(recipe.train, {}), None
+    trainer.guard, trainer.validation, trainer.ranks = Guard(recipe.train, {}), None, ranks
     # Qwen2.5-VL declares False; our loss divides by the count of the whole step, which the Trainer gives only so.
     trainer.model_accepts_loss_kwargs = True
     return trainer
+
+
+def _shared(settings: TrainSettings, ranks: Ranks) -> list[str]:
+    """Say how processes share a step, where there are several."""
+    if ranks.count == 1:
+        return []
+    share = share_of(settings, ranks.count)
+    each = f"{share.accumulation} x {counted(share.batch_size, 'window')}"
+    whole = counted(settings.batch_size * settings.accumulation, "window")
+    return [f"{ranks.count} processes take {each} each in a step, of {whole} as with one process"]
 
 
 def _describe(recipe: Any, built: BuiltModel) -> str:

@@ -51,14 +51,15 @@ class Memory:
 
 
 def forecast(recipe: Any, preprocess: Preprocess, *, on_gpu: bool) -> Memory | None:
-    """Return the peak of a step of one batch; None of a recipe without an outline.
+    """Return the peak of a step of one batch; None of a recipe without an outline, or whose model is cut over ranks.
 
     Args:
         recipe: what learns, and how.
         preprocess: of the model.
         on_gpu: computing in 16 bit is left to autocast there.
     """
-    return _foreseen(recipe, preprocess, on_gpu=on_gpu) if isinstance(recipe, Outlined) else None
+    is_foreseen = recipe.train.sharding == "none" and isinstance(recipe, Outlined)  # what a rank gathers is not walked
+    return _foreseen(recipe, preprocess, on_gpu=on_gpu) if is_foreseen else None
 
 
 def _foreseen(recipe: Any, preprocess: Preprocess, *, on_gpu: bool) -> Memory:

@@ -11,7 +11,7 @@ import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from omni_cli.errors import OmniError
 from omni_cli.recipe import TrainSettings
+from omni_cli.stages.train.ranks import ALONE, Ranks
 
 WINDOWS = "window_numbers"  # in a batch: which rows of the dataset it was made of
 SPIKE_STEPS = 3  # in a row: a batch of odd windows is no spike
@@ -59,9 +60,11 @@ class Guard:
     Args:
         settings: W is `spike_window`, f is `spike_factor`.
         saved: the facts of the checkpoint that training goes on from: it judges as an undisturbed run does.
+        ranks: of the training; each judges the whole step, and so all judge alike.
     """
 
-    def __init__(self, settings: TrainSettings, saved: Mapping[str, Any]) -> None:
+    def __init__(self, settings: TrainSettings, saved: Mapping[str, Any], ranks: Ranks = ALONE) -> None:
+        self._ranks = ranks
         state = saved.get("guard", {"recent_losses": [], "suspects": {}})
         self._window, self._factor = settings.spike_window, settings.spike_factor
         self._recent: deque[float] = deque(state["recent_losses"], maxlen=settings.spike_window)
@@ -107,11 +110,13 @@ class Guard:
         measured = [
             torch.as_tensor(each, device=self._loss.device).float() for each in (self._loss, norm, self._labels)
         ]
-        loss, size, labels = torch.stack(measured).tolist()  # the one wait for the device
+        share, size, labels = torch.stack(measured).tolist()  # the one wait for the device
+        loss = fmean(self._ranks.gather(share))  # whose scale is that of the whole step: see `TrueLoss`
         windows, self._windows, self._loss = self._windows, [], None
         if said := self._look(loss, size, labels, step, may_overflow):
             reason, words = said
-            numbers = tuple(int(number) for each in windows for number in each.tolist())
+            of_all = self._ranks.gather([int(number) for each in windows for number in each.tolist()])
+            numbers = tuple(number for each in of_all for number in each)
             raise BadStep(Finding(reason, words, step, self._suspects[reason][0], numbers))
 
     def _look(self, loss: float, norm: float, labels: float, step: int, may_overflow: bool) -> tuple[str, str] | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from omni_cli.recipe import Batch
 from omni_cli.stages.train.guards import WINDOWS
+from omni_cli.stages.train.ranks import ALONE, Ranks
 
 WAIT_GOAL = 0.01  # of a step's time: more than that waiting for data is said
 
@@ -18,9 +19,13 @@ class Pace:
     """Counts windows, tokens and time; the clock stands still between a logged step and the batches of the next.
 
     There the val split is measured and a checkpoint is saved: neither is a step.
+
+    Args:
+        ranks: of the training; what all of them learn from is counted, the time of each is its own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks = ALONE) -> None:
+        self._ranks = ranks
         self._start_lap()
 
     def _start_lap(self) -> None:
@@ -57,18 +62,20 @@ class Pace:
         """Count the windows and the tokens of a step; what pads a row is no token."""
         for batch in batches:
             self._samples += len(batch[WINDOWS])
-            if "input_ids" in batch:
+            if "input_ids" in batch and len(batch[WINDOWS]):
                 mask = batch.get("attention_mask")
                 tokens = torch.tensor(batch["input_ids"].numel()) if mask is None else mask.sum()
                 self._tokens = tokens if self._tokens is None else self._tokens + tokens
 
     def lap(self) -> tuple[dict[str, float], dict[str, int]]:
-        """Return the speed since the last call, and what was counted; and begin anew."""
+        """Return the speed since the last call, and what was counted; and begin anew. All ranks must call it."""
         self.stop()
         passed_s = self._passed_s
-        counted = {"samples": self._samples}
+        own = {"samples": self._samples}
         if self._tokens is not None:
-            counted["tokens"] = int(self._tokens)
+            own["tokens"] = int(self._tokens)
+        of_all = self._ranks.gather(own)
+        counted = {name: sum(each.get(name, 0) for each in of_all) for name in {**own, **of_all[0]}}
         speed = {}
         if passed_s > 0:
             speed = {f"{name}_per_s": float(f"{count / passed_s:.6g}") for name, count in counted.items()}

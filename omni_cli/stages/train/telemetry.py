@@ -24,6 +24,7 @@ from omni_cli.models.adapters import trainable_count, weight_count
 from omni_cli.report import Console
 from omni_cli.stages.checkpoints import read_history
 from omni_cli.stages.runs import TELEMETRY, Run
+from omni_cli.stages.train.ranks import ALONE, Ranks
 
 INTERVAL_S = 0.5
 _PATIENCE_S = 5.0  # with a reader, when the training is over
@@ -167,7 +168,7 @@ class Recorder:
                 line[key] = round(self._before.get(key, 0.0) + sum(meter.joules for meter in each), 3)
 
 
-def recorder_of(run: Run, device: torch.device, model: nn.Module, console: Console) -> Recorder:
+def recorder_of(run: Run, device: torch.device, model: nn.Module, console: Console, ranks: Ranks = ALONE) -> Recorder:
     """Return what records a session of a run.
 
     Args:
@@ -175,21 +176,29 @@ def recorder_of(run: Run, device: torch.device, model: nn.Module, console: Conso
         device: that trains it.
         model: that learns.
         console: for what cannot be measured.
+        ranks: of the training.
     """
     opened = {
         **telemetry.machine_facts(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else telemetry.cpu_name(),
         "weights": weight_count(model),
         "trainable_weights": trainable_count(model),
+        **({"processes": ranks.count} if ranks.count > 1 else {}),
     }
     last = [{"step": 0, "elapsed_s": 0.0}, *read_history(run.folder)][-1]
     step, elapsed_s = int(last["step"]), last.get("elapsed_s", 0.0)
-    path, readers = run.folder / TELEMETRY, readers_for(device, console)
+    path, readers = run.folder / TELEMETRY, readers_for(device, console, beside=ranks.gpus_here())
     return Recorder(path, readers, console, opened, step=step, elapsed_s=elapsed_s, interval_s=INTERVAL_S)
 
 
-def readers_for(device: torch.device, console: Console) -> list[telemetry.Reader]:
-    """Return what reads the processor and the GPU that trains; where the latter's library lacks, one line says so."""
+def readers_for(device: torch.device, console: Console, *, beside: int = 1) -> list[telemetry.Reader]:
+    """Return what reads the processor and the GPUs that train; where the latter's library lacks, one line says so.
+
+    Args:
+        device: of this process.
+        console: told of it.
+        beside: how many processes train on this machine, each on the GPU of its number.
+    """
     try:
         host = [telemetry.Host()]
     except (OSError, psutil.Error) as error:
@@ -199,7 +208,8 @@ def readers_for(device: torch.device, console: Console) -> list[telemetry.Reader
         return [*host]
     vendor = "AMD" if torch.version.hip else "NVIDIA"
     try:
-        gpus = _OPEN[vendor]([_pci_address(torch.cuda.get_device_properties(device))])
+        devices = [device] if beside == 1 else [torch.device("cuda", index) for index in range(beside)]
+        gpus = _OPEN[vendor]([_pci_address(torch.cuda.get_device_properties(each)) for each in devices])
     except ModuleNotFoundError:
         console.warn(f"{vendor} GPU: not measured without its library; install it with: {_INSTALL[vendor]}")
     except Exception as error:  # whatever a vendor's library raises, the training goes on

@@ -11,7 +11,7 @@ Here the recipe saves the weights as it publishes them, and what it saved is pub
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -29,6 +29,7 @@ from omni_cli.report import Console, counted
 from omni_cli.samples.dataset import WindowDataset
 from omni_cli.stages import runs
 from omni_cli.stages.disk import writing
+from omni_cli.stages.train.ranks import ALONE, Ranks
 
 SPLIT = "val"
 LOSS = "validation_loss"  # in the history, and in receipts
@@ -51,10 +52,13 @@ class Validation:
         dataset: the windows of the val split.
         saved: the facts of the checkpoint that training goes on from.
         console: told where it ends, since a window cannot be read.
+        ranks: of the training, which share the windows.
     """
 
-    def __init__(self, recipe: Any, dataset: WindowDataset, saved: Mapping[str, Any], console: Console) -> None:
-        self._recipe, self._dataset, self._console = recipe, dataset, console
+    def __init__(
+        self, recipe: Any, dataset: WindowDataset, saved: Mapping[str, Any], console: Console, ranks: Ranks = ALONE
+    ) -> None:
+        self._recipe, self._dataset, self._console, self._ranks = recipe, dataset, console, ranks
         self._chosen = _chosen(dataset, recipe.train)
         self.fault: OmniError | None = None  # of the windows: nothing is measured any more
         kept = saved.get("best")
@@ -109,16 +113,27 @@ class Validation:
     def measure(self, trainer: Any) -> float:
         """Return the mean loss of what counts in the chosen windows; NaN where nothing does, or one cannot be read."""
         model: nn.Module = trainer.model
-        size, total, count = self._recipe.train.batch_size, 0.0, 0.0
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices), trainer.compute_loss_context_manager():
-            for first in range(0, len(self._chosen), size):
-                rows = self._read(self._chosen[first : first + size])
-                if rows is None:
-                    return math.nan
-                loss = self._loss(rows, trainer)
+            sums = self._ranks.gather(self._sums(trainer))
+        self.fault = next((fault for fault in self._ranks.gather(self.fault) if fault), None)
+        total, count = (math.fsum(each) for each in zip(*sums, strict=True))
+        return total / count if count and not self.fault else math.nan
+
+    def _sums(self, trainer: Any) -> tuple[float, float]:
+        """Return the summed loss and what was counted in this rank's batches; all ranks take equally many."""
+        size, total, count = self._recipe.train.batch_size, 0.0, 0.0
+        batches = [self._chosen[first : first + size] for first in range(0, len(self._chosen), size)]
+        for turn in range(0, len(batches), self._ranks.count):
+            number = turn + self._ranks.index
+            rows = self._read(batches[min(number, len(batches) - 1)])
+            all_read = all(self._ranks.gather(rows is not None))  # one that left would be waited for
+            if rows is None or not all_read:
+                break
+            loss = self._loss(rows, trainer)
+            if number < len(batches):
                 total, count = total + float(loss.total), count + float(loss.count)
-        return total / count if count else math.nan
+        return total, count
 
     def _read(self, numbers: Sequence[int]) -> list[dict[str, Any]] | None:
         try:
@@ -151,25 +166,40 @@ class KeepBest(TrainerCallback):
     Those that the checkpoint before this one names stay too: training may have to go back to it.
     """
 
-    def __init__(self, run: runs.Run, recipe: Any, built: BuiltModel, validation: Validation) -> None:
-        self._run, self._recipe, self._built, self._validation = run, recipe, built, validation
+    def __init__(
+        self, run: runs.Run, recipe: Any, built: BuiltModel, validation: Validation, ranks: Ranks = ALONE
+    ) -> None:
+        self._run, self._recipe, self._built, self._validation, self._ranks = run, recipe, built, validation, ranks
         self._named = validation.best
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the weights where this step is the best; where none can be said to be, this step is the last."""
         best, before = self._validation.best, self._named
-        forget_others(self._run.folder, {each.step for each in (best, before) if each})
-        if best and best.step == state.global_step:
-            folder = best_folder(self._run.folder, best.step)
-            with writing(folder):
-                self._recipe.save(self._built, folder)
-                runs.seal_folder(folder, run=self._run.manifest.key(), step=best.step, **{LOSS: best.loss})
+        with self._ranks.alike():
+            self._write(best, before, state.global_step)
         self._named = best
         control.should_training_stop = control.should_training_stop or self._validation.ends_training
 
+    def _write(self, best: Best | None, before: Best | None, step: int) -> None:
+        if self._ranks.is_first:
+            forget_others(self._run.folder, {each.step for each in (best, before) if each})
+        if best is None or best.step != step:
+            return
+        folder = best_folder(self._run.folder, best.step)
+        with writing(folder) if self._ranks.is_first else nullcontext():
+            save_weights(self._recipe, self._built, folder, self._ranks)
+            if self._ranks.is_first:
+                runs.seal_folder(folder, run=self._run.manifest.key(), step=best.step, **{LOSS: best.loss})
+
+
+def save_weights(recipe: Any, built: BuiltModel, folder: Path, ranks: Ranks = ALONE) -> None:
+    """Write the weights into a folder; of a model that is cut over the ranks each gives its part, and one writes."""
+    if ranks.is_first or recipe.train.sharding != "none":
+        recipe.save(built, folder)
+
 
 def make_validation(
-    recipe: Any, dataset: WindowDataset, saved: Mapping[str, Any], console: Console
+    recipe: Any, dataset: WindowDataset, saved: Mapping[str, Any], console: Console, ranks: Ranks = ALONE
 ) -> Validation | None:
     """Return what measures a training, None where nothing does; say which.
 
@@ -178,6 +208,7 @@ def make_validation(
         dataset: the windows that are learned from; those to measure on are in the same shards.
         saved: the facts of the checkpoint that training goes on from.
         console: told of it.
+        ranks: of the training.
 
     Raises:
         UsageError: the best weights are asked for, and nothing would say which those are.
@@ -195,7 +226,7 @@ def make_validation(
             )
         console.say(f"no {SPLIT} split in {dataset.shards.folder}: nothing is measured while it trains")
         return None
-    validation = Validation(recipe, held_out, saved, console)
+    validation = Validation(recipe, held_out, saved, console, ranks)
     if fault := validation.find_fault():
         if settings.publish == "best":
             raise fault
