@@ -21,7 +21,7 @@ VERBS: Mapping[str, str] = {  # in the order of the work, then those that serve 
     "eval": "Measure runs and models on recordings they never saw, beside controls.",
     "merge": "Fold a run's adapter into its base, once the logits are proven to be the same.",
     "export": "Export a run to a folder of the hub's layout, or to ONNX.",
-    "infer": "Ask a model how the car moves in a clip.",
+    "infer": "Ask a model how the car moves in a clip or a live stream.",
     "bench": "Measure how fast each stage is on this machine.",
     "run": "Fetch, audit, etl, train and eval in one command.",
     "demo": "Go the whole way on a CPU in about ten minutes, explained: from drives to a measured, exported model.",

@@ -44,8 +44,8 @@ RunOption = Annotated[
 ]
 
 
-def named_files(texts: Sequence[str]) -> dict[str, Path]:
-    """Read `NAME=FILE` texts.
+def named_places(texts: Sequence[str]) -> dict[str, str]:
+    """Read `NAME=FILE` texts; of a live camera the place is a URL.
 
     Raises:
         UsageError: one has no `=`, or a name is given twice.
@@ -53,10 +53,11 @@ def named_files(texts: Sequence[str]) -> dict[str, Path]:
     pairs = [text.partition("=") for text in texts]
     for text, (name, equals, file) in zip(texts, pairs, strict=True):
         if not (name and equals and file):
+            shown = "" if ":/" in text else f" {text}"  # a URL may hold a password
             raise UsageError(
-                f"--camera {text}: expected NAME=FILE, for example --camera camera_front_wide_120fov=a.mp4"
+                f"--camera{shown}: expected NAME=FILE, for example --camera camera_front_wide_120fov=a.mp4"
             )
-    named = {name: Path(file) for name, _, file in pairs}
+    named = {name: file for name, _, file in pairs}
     if len(named) < len(texts):
         raise UsageError("--camera: a camera is named twice; give one file for each")
     return named

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from omni_cli.commands._options import DATA, RUNS, Data, Json, Quiet, RunOption, Runs, Sets, named_files
+from omni_cli.commands._live import Batch, Patience, Reconnect, Seconds, Windows
+from omni_cli.commands._options import DATA, RUNS, Data, Json, Quiet, RunOption, Runs, Sets, named_places
 
 EXAMPLE = "omni infer clip.mp4 --overlay"
 
@@ -13,11 +14,12 @@ EXAMPLE = "omni infer clip.mp4 --overlay"
 def command(
     *,
     clips: Annotated[
-        list[str] | None, typer.Argument(metavar="CLIP...", help="Video files, folders of them, or ids of recordings.")
+        list[str] | None,
+        typer.Argument(metavar="CLIP...", help="Video files, folders of them, ids of recordings, or a live camera."),
     ] = None,
     camera: Annotated[
         list[str] | None,
-        typer.Option("--camera", metavar="NAME=FILE", help="One view of a drive; one for each camera."),
+        typer.Option("--camera", metavar="NAME=FILE|URL", help="One view of a drive; one for each camera."),
     ] = None,
     tiled: Annotated[
         bool,
@@ -38,6 +40,15 @@ def command(
     dtype: Annotated[
         str | None, typer.Option(metavar="float32|bfloat16|float16", help="Type of the weights. [default: as trained]")
     ] = None,
+    batch: Batch = None,
+    seconds: Seconds = None,
+    windows: Windows = None,
+    patience: Patience = None,
+    reconnect: Reconnect = None,
+    constrained: Annotated[
+        bool,
+        typer.Option("--constrained/--unconstrained", help="Hold answers to their format; what was forced is marked."),
+    ] = True,
     overlay: Annotated[bool, typer.Option("--overlay", help="Also write a video with the answers in it.")] = False,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the answers.")] = Path("infer"),
     data: Data = DATA,
@@ -45,20 +56,24 @@ def command(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Ask a model how the car moves in a clip.
+    """Ask a model how the car moves in a clip or a live stream.
 
-    One file is the view of a one-camera model. A model that looks at several cameras takes --camera for each, the id of
-    a recording, or --tiled. With no run and no model it asks the profile's base model, zero-shot.
+    One file is the view of a one-camera model. A model that looks at several cameras takes --camera for each, a folder
+    with a file named after each, the id of a recording, or --tiled. With no run and no model it asks the profile's base
+    model, zero-shot. A live camera is rtsp://HOST/STREAM, another URL, or /dev/video0: where the model is slower, the
+    newest window is answered and the others are counted.
     """
     from omni_cli.commands._subject import open_subject
     from omni_cli.report import Console
-    from omni_cli.stages.infer import InferRequest, infer
+    from omni_cli.stages.infer import InferRequest
+    from omni_cli.stages.live import Limits, ask
 
     console = Console(quiet=quiet, json_output=json)
-    views = named_files(camera or [])
+    views = named_places(camera or [])
     recipe, subject = open_subject(run, runs, console, model=model, profile=profile, sets=sets or [])
-    request = InferRequest(tuple(clips or ()), views, tiled, data, out, device, dtype, overlay, stride)
-    result = infer(recipe, subject, request, console)
+    how = device, dtype, overlay, stride, batch, constrained
+    request = InferRequest(tuple(clips or ()), views, tiled, data, out, *how)
+    result = ask(recipe, subject, request, Limits(seconds, windows, patience, reconnect), console)
     console.finish(result)
     if result["failed"]:
         raise typer.Exit(1)

@@ -36,6 +36,7 @@ __all__ = [
     "decoder_id",
     "encode_h264",
     "probe",
+    "rgb_scaler",
 ]
 
 Decoder = Literal["pyav", "torchcodec"]
@@ -80,7 +81,7 @@ def decode(
     if decoder == "torchcodec":
         yield from torchcodec_video.decode(video, name, info, indices, size_px)
     else:
-        yield from _decode_pyav(video, name, info, indices, partial(_to_rgb, size_px=size_px))
+        yield from _decode_pyav(video, name, info, indices, partial(rgb_scaler, size_px=size_px))
 
 
 def decode_yuv(
@@ -200,7 +201,7 @@ def _numbered(frames: Iterable[av.VideoFrame], info: VideoInfo, name: str) -> It
         yield (index_of[frame.pts] if info.pts else turn), frame
 
 
-def _to_rgb(stream: av.VideoStream, size_px: tuple[int, int]) -> Callable[[av.VideoFrame], Uint8Array]:
+def rgb_scaler(stream: av.VideoStream, size_px: tuple[int, int]) -> Callable[[av.VideoFrame], Uint8Array]:
     """Scale to packed RGB, at half the height or less by way of planes: the same bytes in two thirds of the time.
 
     swscale has vector instructions for planes of RGB, and none for packed RGB. Its arithmetic is the same, but where

@@ -1,7 +1,9 @@
-"""What `eval` can ask of a recipe beyond answers and errors; a recipe that lacks it is measured without."""
+"""What `eval`, and in part `infer`, can ask of a recipe beyond answers and errors; a recipe may lack each of them."""
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
 
 from omni_cli.recipe.values import BuiltModel, Metric, Prediction, Row
 from omni_cli.samples.preprocess import Preprocess
@@ -14,6 +16,37 @@ class Stratified(Protocol):
 
     def strata(self, rows: Sequence[Row]) -> Sequence[Strata]:
         """Return the ways to tell these windows apart by what their targets hold; each names every window."""
+
+
+@runtime_checkable
+class Formatted(Protocol):
+    """A recipe whose model answers in a text that may not be of the format, and can be held to it."""
+
+    def held_to_format(self, built: BuiltModel, preprocess: Preprocess) -> BuiltModel:
+        """Return the model so that each of its answers can be read, and tells how far it was forced to that.
+
+        Args:
+            built: the model, where it will answer.
+            preprocess: of the windows, which says what is asked.
+
+        Raises:
+            DataError: its tokenizer is of another kind than those that the formats are known for.
+        """
+
+
+@runtime_checkable
+class Watchful(Protocol):
+    """A recipe that can be asked about what live cameras see."""
+
+    def prompt_row(self, pictures: Tensor, preprocess: Preprocess, tokenizer: Any, start_speed_mps: float) -> Row:
+        """Return a row for a window that no shard holds.
+
+        Args:
+            pictures: of the window, as `preprocess` makes them.
+            preprocess: of the model.
+            tokenizer: of the model.
+            start_speed_mps: forward speed at the first instant, for a model that is told it.
+        """
 
 
 @runtime_checkable

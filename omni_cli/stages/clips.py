@@ -9,6 +9,7 @@ from pathlib import Path
 
 from omni_cli.config import nearest
 from omni_cli.errors import DataError, UsageError
+from omni_cli.formats.physical_ai_av import CAMERA_SETS
 from omni_cli.samples.preprocess import Preprocess
 from omni_cli.samples.views import MOSAIC
 from omni_cli.scene.recording import Recording
@@ -48,7 +49,7 @@ def find_clips(
 
     Args:
         preprocess: of the model.
-        words: files, folders of files, or recording ids.
+        words: files, folders of them (of a drive: a file a camera, named after it), or recording ids.
         cameras: the views of one drive, by camera.
         data: where recordings are looked for.
         tiled: each file is a ready mosaic.
@@ -81,13 +82,43 @@ def _named_views(preprocess: Preprocess, cameras: Mapping[str, Path], *, tiled: 
 def _clips_of(word: str, preprocess: Preprocess, data: Path, *, tiled: bool) -> list[Clip]:
     path = Path(word)
     if path.is_dir():
-        found = sorted(file for file in path.iterdir() if file.suffix.lower() in _VIDEO_SUFFIXES)
-        if not found:
-            raise UsageError(f"{path}: holds no video ({', '.join(_VIDEO_SUFFIXES)}); name files, or another folder")
-        return [_file_clip(file, preprocess, tiled=tiled) for file in found]
+        if clips := _folder_clips(path, preprocess, tiled=tiled):
+            return clips
+        raise UsageError(f"{path}: holds no video ({', '.join(_VIDEO_SUFFIXES)}); name files, or another folder")
     if path.is_file():
         return [_file_clip(path, preprocess, tiled=tiled)]
     return [_recording_clip(word, preprocess, data, tiled=tiled)]
+
+
+def _folder_clips(folder: Path, preprocess: Preprocess, *, tiled: bool) -> list[Clip]:
+    """Return the clips in a folder and in those inside it; files named after cameras are views of one drive."""
+    inside = sorted(folder.iterdir())
+    found = [path for path in inside if path.suffix.lower() in _VIDEO_SUFFIXES and path.is_file()]
+    named = {} if tiled else {path: view for path in found if (view := _view_of(path, preprocess))}
+    plain = [_file_clip(path, preprocess, tiled=tiled) for path in found if path not in named]
+    nested = [path for path in inside if path.is_dir() and not path.is_symlink()]
+    below = [clip for path in nested for clip in _folder_clips(path, preprocess, tiled=tiled)]
+    return [*_drives_in(folder, named, preprocess), *plain, *below]
+
+
+def _view_of(path: Path, preprocess: Preprocess) -> tuple[str, str] | None:
+    """Return (drive, camera) of CAMERA.mp4, whose drive has no name, or of DRIVE.CAMERA.mp4; None of another file."""
+    drive, _, camera = path.stem.rpartition(".")
+    return (drive, camera) if camera in {*preprocess.cameras, *CAMERA_SETS["7-cam"]} else None
+
+
+def _drives_in(folder: Path, named: Mapping[Path, tuple[str, str]], preprocess: Preprocess) -> list[Clip]:
+    """Return the drives whose views lie in a folder, a file a camera; what the model does not look at is left out."""
+    drives: dict[str, dict[str, Path]] = {}
+    for path, (drive, camera) in named.items():
+        drives.setdefault(drive, {})[camera] = path
+    return [_drive(drive or folder.name, folder, views, preprocess) for drive, views in drives.items()]
+
+
+def _drive(name: str, folder: Path, views: Mapping[str, Path], preprocess: Preprocess) -> Clip:
+    if missing := [camera for camera in preprocess.cameras if camera not in views]:
+        raise UsageError(f"{folder}: of drive {name} it lacks {', '.join(missing)}; {_needed(preprocess)}")
+    return Clip(name, partial(video_recording, {camera: views[camera] for camera in preprocess.cameras}))
 
 
 def _file_clip(path: Path, preprocess: Preprocess, *, tiled: bool) -> Clip:

@@ -9,8 +9,8 @@ from typing import Any, BinaryIO
 
 from omni_cli import files
 from omni_cli.errors import OmniError, UsageError
-from omni_cli.recipe import Asked, BuiltModel, Inferable, Prediction, Questions, require
-from omni_cli.report import Console
+from omni_cli.recipe import Asked, BuiltModel, Formatted, Inferable, Prediction, Questions, require
+from omni_cli.report import Console, counted
 from omni_cli.samples import views
 from omni_cli.samples.preprocess import Preprocess
 from omni_cli.samples.shards import safe_name
@@ -23,7 +23,7 @@ from omni_cli.stages.etl.identity import slow_cameras
 from omni_cli.stages.models import ModelFolder, check_base, ready_device
 from omni_cli.stages.overlay import Said, write_overlay
 
-_BATCH = 8
+_BATCH = 8  # windows; of one generation they wait for the longest answer
 _LINES_SHOWN = 20  # of a clip's answers; all of them are in its file
 
 
@@ -42,7 +42,7 @@ class InferRequest:
     """What a user asked of `omni infer`."""
 
     clips: tuple[str, ...] = ()  # files, folders of files, recording ids
-    cameras: Mapping[str, Path] | None = None  # the views of one drive, by camera
+    cameras: Mapping[str, str | Path] | None = None  # the views of one drive, by camera
     tiled: bool = False  # the files are ready mosaics
     data: Path = Path("data")
     out: Path = Path("infer")
@@ -50,6 +50,8 @@ class InferRequest:
     dtype: str | None = None  # None: as trained
     overlay: bool = False
     stride: int | None = None  # frames between the starts of two windows; None: as trained
+    batch: int | None = None  # windows answered at a time; None: 8 of a clip, 1 of a live camera
+    constrained: bool = True  # hold answers that are a text to their format, so that each can be read
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,14 @@ class Answer:
         values, window = self.prediction.values, self.asked.window
         truth = {"truth": plain(self.asked.truth)} if self.asked.truth else {}
         said = {"text": self.prediction.text, "values": None if values is None else plain(values)}
-        return {"clip": clip, "start_us": window.start_us, "end_us": window.end_us, **said, **truth}
+        held = self.prediction.held.line() if self.prediction.held else {}
+        return {"clip": clip, "start_us": window.start_us, "end_us": window.end_us, **said, **held, **truth}
+
+    @property
+    def mark(self) -> str:
+        """What people must know who read it: nothing of an answer that is the model's own."""
+        held = self.prediction.held
+        return f" (forced: {held.off_grammar} of {held.tokens} tokens)" if held and held.off_grammar else ""
 
 
 def subject_of_run(run: runs.Run) -> Subject:
@@ -94,8 +103,9 @@ def infer(recipe: Any, subject: Subject, request: InferRequest, console: Console
     """
     inferable: Inferable = require(recipe, Inferable)  # type: ignore[type-abstract]  # a protocol names the capability
     _check_askable(recipe, request)
-    clips = find_clips(subject.preprocess, request.clips, request.cameras or {}, request.data, tiled=request.tiled)
-    asker = Asker(inferable, _load(inferable, subject, request, console), subject.preprocess, request, console)
+    views_of = {name: Path(file) for name, file in (request.cameras or {}).items()}
+    clips = find_clips(subject.preprocess, request.clips, views_of, request.data, tiled=request.tiled)
+    asker = Asker(inferable, load_subject(inferable, subject, request, console), subject.preprocess, request, console)
     if request.tiled:
         console.say(_cells(subject.preprocess))
     done, failures = [], {}
@@ -139,24 +149,40 @@ class Asker:
             self.console.say(f"{clip.name}: left out {count} windows: {reason}")
         unreadable = sum(answer.prediction.values is None for answer in answers)
         facts = {"clip": clip.name, "windows": len(lines), "dropped": dict(questions.dropped), "unreadable": unreadable}
+        facts |= self._forced(clip.name, answers)
         return {**facts, "file": str(path), "overlay": self._overlay(clip, recording, answers), "answers": lines}
 
     def _answers(self, name: str, questions: Questions) -> list[Answer]:
         """Return what the model says of each window of a recording."""
         answers: list[Answer] = []
         with self.console.progress(f"infer {name}", questions.count, "windows") as bar:
-            while asked := list(islice(questions.asked, _BATCH)):
+            while asked := list(islice(questions.asked, self.request.batch or _BATCH)):
                 said = self.recipe.predict(self.built, [one.row for one in asked], self.preprocess)
                 answers += [Answer(_without_pictures(one), what) for one, what in zip(asked, said, strict=True)]
                 bar.advance(len(asked))
         return answers
+
+    def _forced(self, name: str, answers: Sequence[Answer]) -> dict[str, int]:
+        """Say and return how many answers are not the model's own; nothing where none was held to its format."""
+        held = [answer.prediction.held for answer in answers if answer.prediction.held]
+        forced = [one for one in held if one.off_grammar]
+        if forced:
+            share = sum(one.off_grammar for one in forced) / sum(one.tokens for one in forced)
+            self.console.warn(
+                f"{name}: {len(forced)} of {counted(len(held), 'answer')} had to be forced into the format, at "
+                f"{share:.0%} of their tokens: the model itself would have said something else; see it with "
+                "--unconstrained"
+            )
+        return {"forced": len(forced)} if held else {}
 
     def _overlay(self, clip: Clip, recording: Recording, answers: Sequence[Answer]) -> str | None:
         if not self.request.overlay:
             return None
         path = self.request.out / f"{safe_name(clip.name)}.mp4"
         camera = views.MOSAIC if views.MOSAIC in recording.cameras else self.preprocess.cameras[0]
-        said = [Said(answer.asked.window, answer.prediction.values, answer.asked.truth) for answer in answers]
+        said = [
+            Said(answer.asked.window, answer.prediction.values, answer.asked.truth, answer.mark) for answer in answers
+        ]
         receipt = write_overlay(path, recording, camera, said, recipe=self.recipe, preprocess=self.preprocess)
         skipped_s = receipt["skipped_us"] / 1e6
         leap = f"; it leaps over {skipped_s:.1f} s that no answer speaks for" if skipped_s else ""
@@ -168,7 +194,7 @@ class Asker:
             window, caption = answer.asked.window, self.recipe.caption
             span = f"{window.start_us / 1e6:.1f} .. {window.end_us / 1e6:.1f} s"
             truth = f"  (truth: {caption(answer.asked.truth)})" if answer.asked.truth else ""
-            self.console.say(f"{name} {span}  model: {caption(answer.prediction.values)}{truth}")
+            self.console.say(f"{name} {span}  model: {caption(answer.prediction.values)}{answer.mark}{truth}")
         shown = f", the first {_LINES_SHOWN} of them above" if len(answers) > _LINES_SHOWN else ""
         self.console.say(f"{len(answers)} answers in {path}{shown}")
 
@@ -188,7 +214,13 @@ def _cells(preprocess: Preprocess) -> str:
     return f"of a mosaic of {cells} the model sees, row by row, {cameras}; the rest is black to it"
 
 
-def _load(recipe: Inferable, subject: Subject, request: InferRequest, console: Console) -> BuiltModel:
+def load_subject(recipe: Inferable, subject: Subject, request: InferRequest, console: Console) -> BuiltModel:
+    """Load a model where it is to be asked, and say which it is.
+
+    Raises:
+        DataError: an adapter does not fit its base, or answers cannot be held to their format.
+        UsageError: there is no such device, or type of weights.
+    """
     if subject.run is not None:
         check_base(recipe, subject.run)
     if subject.weights is None:
@@ -197,7 +229,10 @@ def _load(recipe: Inferable, subject: Subject, request: InferRequest, console: C
     else:
         built = recipe.load(subject.preprocess, subject.weights)
         console.say(f"asking {subject.title}")
-    return recipe.place(built, ready_device(request.device), request.dtype)
+    placed = recipe.place(built, ready_device(request.device), request.dtype)
+    if request.constrained and isinstance(recipe, Formatted):
+        return recipe.held_to_format(placed, subject.preprocess)
+    return placed
 
 
 def _without_pictures(asked: Asked) -> Asked:
