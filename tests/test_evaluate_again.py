@@ -1,5 +1,6 @@
 """`omni eval` run again: the sealed report answers where it is the same question, and only there."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -7,14 +8,24 @@ from pathlib import Path
 import pytest
 
 from omni_cli import files
-from omni_cli.errors import DataError, OmniError
+from omni_cli.errors import DataError, OmniError, UsageError
 from omni_cli.recipe import SplitSettings
 from omni_cli.report import Console
 from omni_cli.samples.dataset import WindowDataset
 from omni_cli.samples.shards import open_shards
 from omni_cli.stages import runs
 from omni_cli.stages.etl import EtlRequest, etl
-from omni_cli.stages.evaluate import EVAL, REPORT_FILE, EvalRequest, check_leak, evaluate
+from omni_cli.stages.evaluate import (
+    EVAL,
+    REPORT_FILE,
+    EvalRequest,
+    candidate_of_run,
+    check_leak,
+    evaluate,
+    measure,
+    table_of,
+)
+from omni_cli.stages.evaluate.tables import notes_of
 from omni_cli.stages.train import TrainRequest, train
 from tests.support.pipeline import QUIET, make_run, tiny_recipe, write_synthetic
 
@@ -65,6 +76,37 @@ def test_a_report_without_the_blind_twin_does_not_answer_for_one_with_it(made, c
     assert not skipped
     assert "trained blind" in {condition["name"] for condition in result["conditions"]}
     assert again(made, capsys, EvalRequest())[1]
+
+
+def test_held_answers_have_a_report_of_their_own_that_says_so(made, capsys):
+    """A model of two steps says nothing; held to its format it has numbers, each of them forced."""
+    held = replace(SEEING, constrained=True)
+    result, skipped = again(made, capsys, held)
+    assert not skipped
+    model, constant = result["conditions"][0], result["conditions"][-1]
+    assert result["constrained"]
+    assert (model["unreadable"], model["forced"], model["forced_windows"]) == (0.0, 1.0, result["windows"])
+    assert 0 < model["off_grammar"] < 1
+    assert notes_of(result)[-1].startswith("answers were held to their format, so that each could be read: 100.0% had")
+    header, rows = table_of(result, made.recipe.metrics)
+    assert (header[-1], rows[0][-1], rows[-1][-1]) == ("forced", "100.0%", "n/a")
+    assert "forced" not in constant
+    lines = [json.loads(line) for line in Path(result["answers"]).read_text().splitlines()]
+    assert all(line["is_readable"] and line["forced"] for line in lines)
+    assert again(made, capsys, held)[1]
+    free, skipped = again(made, capsys)
+    assert skipped
+    assert Path(free["report"]).parent != Path(result["report"]).parent
+    assert (free["constrained"], free["conditions"][0]["unreadable"]) == (False, 1.0)
+
+
+def test_numbers_have_no_format_to_be_held_to(made):
+    class Silent:
+        name = "silent"
+
+    candidate = replace(candidate_of_run(made.recipe, made.run), recipe=Silent())
+    with pytest.raises(UsageError, match="--constrained: answers of recipe silent are numbers, which have no format"):
+        measure(candidate, replace(SEEING, constrained=True), QUIET)
 
 
 def test_a_damaged_report_is_made_again(made, capsys):

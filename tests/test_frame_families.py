@@ -101,6 +101,8 @@ def test_eight_samples_are_learned_to_exact_answers(family: str) -> None:
     built.model.eval()
     assert len(set(expected)) == 8
     assert [answer.text for answer in vlm.predict(built, rows, preprocess)] == expected
+    held = vlm.predict(vlm.held_to_format(built, preprocess), rows, preprocess)
+    assert [(answer.text, answer.held.off_grammar) for answer in held] == [(text, 0) for text in expected]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -16,7 +17,9 @@ from omni_cli.formats.physical_ai_av import CAMERA_SETS
 from omni_cli.formats.video import decode, encode_h264, probe
 from omni_cli.recipe import Asked, Prediction
 from omni_cli.recipes.vlm.settings import VlmSample, VlmTrain, VlmTune
+from omni_cli.report import Console
 from omni_cli.samples import views
+from omni_cli.samples.answer_formats import FORMATS
 from omni_cli.samples.dataset import WindowDataset
 from omni_cli.samples.prompts import ANSWERED
 from omni_cli.samples.shards import open_shards
@@ -116,6 +119,7 @@ def test_its_answers_are_those_that_eval_measures(made, tmp_path):
     result = ask(made, tmp_path, *recording_ids(made))
     lines = [line for clip in result["clips"] for line in clip["answers"]]
     assert [line["text"] for line in lines] == [prediction.text for prediction in expected]
+    assert [line["forced"] for line in lines] == [prediction.values is None for prediction in expected]
     for line, row, prediction in zip(lines, rows, expected, strict=True):
         assert (line["clip"], line["start_us"], line["end_us"]) == (row["recording"], row["start_us"], row["end_us"])
         assert line["values"] == prediction.values
@@ -293,6 +297,25 @@ def test_without_a_run_the_base_model_is_asked_and_says_that_it_is_untrained(vid
     assert f"of a mosaic of 2 x 2 cells the model sees, row by row, {', '.join(FOUR)}; the rest" in captured.err
     result = json.loads(captured.out)
     assert (result["model"], result["clips"][0]["windows"]) == ("base model tiny:qwen2_5_vl", 1)
+
+
+def test_noise_is_held_to_the_format_and_marked_so(made, videos, tmp_path, capsys):
+    """Each answer can be read, and nobody takes what was forced for what the model said."""
+    base, request = subject_of_base(short_answers("1-cam")), InferRequest((str(videos[FRONT]),), out=tmp_path)
+    recipe = short_answers("1-cam")
+    (clip,) = infer(recipe, base, request, Console())["clips"]
+    said = capsys.readouterr().err
+    assert clip["windows"] == clip["forced"] == said.count(" tokens)") > 3
+    assert clip["unreadable"] == 0
+    assert f"{FRONT}: {clip['forced']} of {clip['forced']} answers had to be forced into the format, at " in said
+    for line in clip["answers"]:
+        assert FORMATS["speed"].grammar.holds(line["text"])
+        assert line["values"] is not None
+        assert (line["forced"], 0 < line["off_grammar_tokens"] <= line["tokens"]) == (True, True)
+    (free,) = infer(recipe, base, replace(request, constrained=False), Console())["clips"]
+    assert free["unreadable"] == free["windows"]
+    assert not free.keys() & {"forced"}
+    assert not free["answers"][0].keys() & {"forced", "tokens", "off_grammar_tokens"}
 
 
 def test_the_recipe_of_a_base_is_asked_with_its_own_preprocessing():

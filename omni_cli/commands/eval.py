@@ -48,6 +48,9 @@ def command(
         ),
     ] = 0,
     temperature: Annotated[float, typer.Option(min=0.01, help="At which they are drawn.")] = 1.0,
+    constrained: Annotated[
+        bool, typer.Option("--constrained", help="Hold answers to their format, and count what was forced.")
+    ] = False,
     batch: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="Windows at once. [default: 32, or fewer of more than 65,536 tokens]"),
@@ -73,6 +76,8 @@ def command(
     from omni_cli.stages.evaluate import EvalRequest, compare, measure
 
     console = Console(quiet=quiet, json_output=json)
-    request = EvalRequest(shards, split, blind, parse_controls(controls), samples, temperature, batch, strata)
+    request = EvalRequest(
+        shards, split, blind, parse_controls(controls), samples, temperature, batch, strata, constrained
+    )
     found = open_candidates(measured or (), revision or (), runs, console, shards=shards, profile=profile, out=out)
     console.finish(measure(found[0], request, console) if len(found) == 1 else compare(found, request, out, console))

@@ -4,6 +4,10 @@ Of 64 waypoints 13 are spoken, every half second and the last: a spline through 
 centimetres, as a car is inert. They are written in metres with one decimal, x ahead and y left, with no word between:
 Qwen's tokenizers give each digit a token, so that 64 in full would cost some 600 tokens, these cost about 120. A fixed
 number of waypoints at fixed times is what a parser can check, and half seconds are what 2 Hz benchmarks score.
+
+Beside its parser each format has a grammar, to which a model can be held while it answers: every text of the grammar is
+read by the parser, and every text that targets are rendered to is in the grammar. A thought is free where the labels'
+own is free text; where it states the numbers that are read, as of ego motion, it is as fixed as they are.
 """
 
 import re
@@ -26,7 +30,41 @@ _SPEED = re.compile(rf"Speed {_NUMBER} m/s\.")
 _PATH = rf"Waypoints:((?: -?\d{{1,3}}\.\d,-?\d{{1,3}}\.\d){{{len(SPOKEN)}}})(?![\d.,-])(?! -?\d)"
 _WAYPOINTS = re.compile(_PATH)
 _REASONING = re.compile(rf"<think>\n([^\n]+)\n</think>\n{_PATH}")
+_WHOLE = "-?(0|[1-9][0-9]{0,5})"
+_SHORT = r"-?(0|[1-9][0-9]{0,2})\.[0-9]"
 _EXAMPLE = "Slow down to 00 m/s because the road bends to the left ahead."
+
+
+@dataclass(frozen=True)
+class AnswerGrammar:
+    r"""All the texts that are answers in a format: a free thought where there is one, and what is read.
+
+    Attributes:
+        said: a regular expression as both Python and Rust read it: of ASCII, digits as `[0-9]`, no look-around.
+        most_tokens: by which any answer has ended, if each byte of it is a token: thought, tags, `said` and the end.
+        thought_tokens: of the free thought, one line that does not hold its closing tag, at most; 0: there is none.
+    """
+
+    said: str
+    most_tokens: int
+    thought_tokens: int = 0
+
+    @property
+    def lark(self) -> str:
+        """The grammar as llguidance reads it; at the last token of its budget a thought is closed.
+
+        Source: https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
+        """
+        said = f"/{self.said.replace('/', chr(92) + '/')}/"
+        if not self.thought_tokens:
+            return f"start: SAID\nSAID: {said}\n"
+        thought = f"thought[max_tokens={self.thought_tokens}]: THOUGHT\nTHOUGHT: /[^\\n]+/ & ~/.*<\\/think>.*/\n"
+        return f'start: "<think>\\n" thought "\\n</think>\\n" SAID\n{thought}SAID: {said}\n'
+
+    def holds(self, text: str) -> bool:
+        """Say whether a text is in the grammar, whatever the tokens of its thought."""
+        thought = r"<think>\n(?:(?!</think>)[^\n])+\n</think>\n" if self.thought_tokens else ""
+        return re.fullmatch(thought + self.said, text) is not None
 
 
 @dataclass(frozen=True)
@@ -38,6 +76,7 @@ class AnswerFormat:
     parse: Callable[[str], dict[str, Any] | None]  # and back; None where it is not in the format
     max_tokens: int  # of an answer, at most; it may end before
     zero: Mapping[str, Any]  # targets of a window in which nothing happens
+    grammar: AnswerGrammar
 
 
 def spoken_path(xy_m: Float64Array) -> Float64Array:
@@ -100,13 +139,26 @@ _STILL = {"mean_speed_mps": 0.0, "displacement_m": 0.0}
 _PARKED = {"future_xyz_m": np.zeros(3 * len(GRID_S)), "reasoning": _EXAMPLE}
 _WHERE = "Where is it 0.5, 1.0 ... 6.0 and 6.4 s after the last frame, in metres ahead and to the left?"
 _WHY = "What does its driver do next, and why? "
+_EGO_MOTION_SAID = (
+    rf"<think>\nAvg Velocity: {_WHOLE}\.[0-9]{{2}}m/s\. Total displacement: {_WHOLE}\.[0-9]{{2}}m\.\n</think>\n"
+    rf"Action: Displacement of {_WHOLE}\.[0-9] meters\."
+)
+_SPEED_SAID = r"Speed ([0-9]{3,6}|-[0-9]{2,6}) m/s\."
+_PATH_SAID = f"Waypoints:( {_SHORT},{_SHORT}){{{len(SPOKEN)}}}"
 FORMATS: Mapping[Labels, AnswerFormat] = {
-    "ego-motion": AnswerFormat("How does the car move?", _render_ego_motion, _parse_ego_motion, 96, _STILL),
-    "speed": AnswerFormat("How does the car move?", _render_speed, _parse_speed, 96, _STILL),
+    "ego-motion": AnswerFormat(
+        "How does the car move?", _render_ego_motion, _parse_ego_motion, 96, _STILL,
+        AnswerGrammar(_EGO_MOTION_SAID, 128),
+    ),
+    "speed": AnswerFormat(
+        "How does the car move?", _render_speed, _parse_speed, 96, _STILL, AnswerGrammar(_SPEED_SAID, 24)
+    ),
     "waypoints": AnswerFormat(
-        f"How will the car move? {_WHERE}", _render_waypoints, _parse_waypoints, 256, _PARKED
+        f"How will the car move? {_WHERE}", _render_waypoints, _parse_waypoints, 256, _PARKED,
+        AnswerGrammar(_PATH_SAID, 256),
     ),
     "reasoning": AnswerFormat(
-        f"How will the car move? {_WHY}{_WHERE}", _render_reasoning, _parse_reasoning, 768, _PARKED
+        f"How will the car move? {_WHY}{_WHERE}", _render_reasoning, _parse_reasoning, 768, _PARKED,
+        AnswerGrammar(_PATH_SAID, 768, thought_tokens=512),
     ),
 }  # fmt: skip

@@ -36,6 +36,7 @@ class Said:
     window: PlannedWindow
     values: Mapping[str, Any] | None
     truth: Mapping[str, Any]
+    mark: str = ""  # after the answer: that it is not the model's own
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ def _band(shown: _Shown, width: int, recipe: Inferable) -> Uint8Array:
     """Return what was said, and what is true, in words."""
     canvas, said = Image.new("RGB", (width, BAND_PX)), shown.said
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(_FONT_PX)
-    draw.text((_MARGIN_PX, 6), f"model: {recipe.caption(said.values, shown.at)}", fill=_WHITE, font=font)
+    draw.text((_MARGIN_PX, 6), f"model: {recipe.caption(said.values, shown.at)}{said.mark}", fill=_WHITE, font=font)
     if said.truth:
         draw.text((_MARGIN_PX, 34), f"truth: {recipe.caption(said.truth, shown.at)}", fill=_GREEN, font=font)
     return np.asarray(canvas)

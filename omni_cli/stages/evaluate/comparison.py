@@ -22,7 +22,15 @@ from omni_cli.stages.evaluate.page import Page, Table, write_page
 from omni_cli.stages.evaluate.request import EvalRequest
 from omni_cli.stages.evaluate.scored import metrics_of
 from omni_cli.stages.evaluate.stage import answer, open_session
-from omni_cli.stages.evaluate.tables import condition_row, is_silent_by, metric_title, notes_of, number, span
+from omni_cli.stages.evaluate.tables import (
+    condition_row,
+    failures_title,
+    is_silent_by,
+    metric_title,
+    notes_of,
+    number,
+    span,
+)
 from omni_cli.stages.pictures import save
 
 COMPARISON_FILE, COMPARISON_PAGE, COMPARISON_PICTURE = "comparison.json", "comparison.html", "comparison.png"
@@ -58,6 +66,7 @@ def compare(candidates: Sequence[Candidate], request: EvalRequest, out: Path, co
     metrics = metrics_of(candidates[0].recipe, request.samples)
     found = {
         **{key: reports[0][key] for key in ("split", "split_rule", "windows", "recordings", "reference", "samples")},
+        "constrained": request.constrained,
         "shards": str(sessions[0].shards.folder),
         "models": [_model_line(report) for report in reports],
         "pairs": pairs_of(reports, metrics),
@@ -218,8 +227,8 @@ def _of_reference(report: Mapping[str, Any], metrics: Sequence[Metric]) -> str:
 
 def tables_of(found: Mapping[str, Any], metric: Metric) -> list[Table]:
     """Return the table of the models and that of their pairs, by one metric; no table of no pairs."""
-    header = ["model", "mean", "95 % interval", f"/ {found['reference']}", "unreadable"]
-    rows = [condition_row(line, [metric]) for line in found["models"]]
+    header = ["model", "mean", "95 % interval", f"/ {found['reference']}", failures_title(found)]
+    rows = [condition_row(line, [metric], header[-1]) for line in found["models"]]
     pairs = [
         [f"{line['other']} - {line['one']}", number(line["difference"], "+.3f"), span(line["interval"], "+.3f"),
          line["says"]]

@@ -10,6 +10,7 @@ from omni_cli.stages.train import TrainableRecipe
 Controls = Literal["all", "basic", "none"]
 CONTROLS: tuple[str, ...] = get_args(Controls)
 EVAL = "eval"  # the folder of a run's report
+CONSTRAINED = "constrained"  # after the name of the folder of a report of held answers
 REPORT_FILE = "report.json"
 PAGE = "report.html"
 WINDOWS_FILE = "windows.jsonl"  # what was said of each window, and how wrong it was
@@ -39,3 +40,4 @@ class EvalRequest:
     temperature: float = 1.0  # at which they are drawn
     batch: int | None = None  # windows asked about at once; None: 32, or fewer where they are long
     strata: bool = False  # show each kind of driving in the terminal too
+    constrained: bool = False  # hold answers to their format, and count those that had to be forced

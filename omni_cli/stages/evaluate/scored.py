@@ -64,6 +64,7 @@ class Scored:
                 **{name: row[name] for name in ("recording", "start_us", "end_us")},
                 "text": said.text,
                 "is_readable": said.values is not None,
+                **(said.held.line() if said.held else {}),
                 **{name: _at(of, index) for name, of in errors.items()},
             }
             for index, (row, said) in enumerate(zip(self.rows, model.predictions, strict=True))
@@ -132,12 +133,24 @@ def metrics_of(recipe: Any, samples: int) -> tuple[Metric, ...]:
 
 
 def _failures(condition: Condition) -> dict[str, Any]:
-    """Return how many answers could not be read, and their share; of drawn ones likewise."""
+    """Return how many answers could not be read, and their share, or were forced; of drawn ones likewise."""
     failed = sum(one.values is None for one in condition.predictions)
     counts = {"unreadable_windows": failed, "unreadable": failed / len(condition.predictions)}
     if condition.drawn:
-        counts["drawn_unreadable"] = float(np.mean([one.values is None for those in condition.drawn for one in those]))
-    return counts
+        drawn = [one for those in condition.drawn for one in those]
+        counts["drawn_unreadable"] = float(np.mean([one.values is None for one in drawn]))
+        counts |= {f"drawn_{name}": share for name, share in _forced(drawn).items()}
+    return {**counts, **_forced(condition.predictions)}
+
+
+def _forced(predictions: Sequence[Prediction]) -> dict[str, float]:
+    """Return how many answers are not the model's own, their share and that of their tokens; nothing of free ones."""
+    held = [one.held for one in predictions if one.held]
+    if not held:
+        return {}
+    tokens, off = sum(one.tokens for one in held), sum(one.off_grammar for one in held)
+    forced = sum(one.off_grammar > 0 for one in held)
+    return {"forced_windows": forced, "forced": forced / len(held), "off_grammar": off / tokens}
 
 
 def _summary(key: str, values: Float64Array, reference: Float64Array, recordings: Sequence[str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from omni_cli import __version__, files
 from omni_cli.errors import DataError, UsageError
-from omni_cli.recipe import Drawable, Pair, Row, require
+from omni_cli.recipe import BuiltModel, Drawable, Formatted, Pair, Row, require
 from omni_cli.report import Console, counted
 from omni_cli.samples.dataset import WindowDataset
 from omni_cli.samples.shards import ShardSet, open_shards
@@ -20,6 +20,7 @@ from omni_cli.stages.evaluate.conditions import shown
 from omni_cli.stages.evaluate.page import write_report_page
 from omni_cli.stages.evaluate.request import (
     BLIND,
+    CONSTRAINED,
     PAGE,
     REPORT_FILE,
     TRAINED_BLIND,
@@ -101,6 +102,7 @@ class Session:
             "controls": asked.controls,
             "samples": asked.samples,
             "temperature": asked.temperature if asked.samples else None,
+            "constrained": asked.constrained or None,  # nothing, as in receipts that do not know of it
         }
 
     @contextmanager
@@ -140,11 +142,15 @@ class Session:
 
     def _conditions(self, dataset: WindowDataset) -> list[Condition]:
         candidate, asked = self.candidate, self.request
-        built = candidate.load(dataset.preprocess, self.console)
+        built = self._held(candidate.recipe, candidate.load(dataset.preprocess, self.console), dataset)
         asker = Asker(candidate.recipe, built, dataset, self.console, asked.batch)
         told = [asker.ask(name, see) for name, see in shown(dataset, asked.controls, self.console).items()]
         drawn = [asker.draw(number, asked.samples, asked.temperature) for number in range(asked.samples)]
         return [replace(told[0], drawn=drawn), *told[1:]]
+
+    def _held(self, recipe: Any, built: BuiltModel, dataset: WindowDataset) -> BuiltModel:
+        """Return a model that answers as it was asked to: freely, or in the format alone."""
+        return recipe.held_to_format(built, dataset.preprocess) if self.request.constrained else built
 
     def _baselines(self, rows: Sequence[Row], medians: Mapping[str, Any]) -> list[Condition]:
         """Return what needs no picture; whatever is drawn of it is always the same."""
@@ -160,7 +166,7 @@ class Session:
         folder = run.folder / BLIND
         with files.exclusive(folder, runs.TRAINING):
             train_in(folder, twin, self.own, run.manifest.profile, self.console)
-        built = placed(twin, twin.load(dataset.preprocess, folder / runs.FINAL))
+        built = self._held(twin, placed(twin, twin.load(dataset.preprocess, folder / runs.FINAL)), dataset)
         return Asker(twin, built, dataset, self.console, self.request.batch).ask(TRAINED_BLIND, dataset.pictures)
 
     def _report(self, dataset: WindowDataset) -> dict[str, Any]:
@@ -182,6 +188,7 @@ class Session:
             "controls": self.request.controls,
             "samples": self.request.samples,
             "temperature": self.request.temperature if self.request.samples else None,
+            "constrained": self.request.constrained,
         }
 
     def _chosen_on(self) -> str | None:
@@ -210,13 +217,17 @@ def open_session(candidate: Candidate, request: EvalRequest, console: Console) -
 
     Raises:
         UsageError: none are named of what omni does not know the training, they do not fit the model, or its recipe
-            cannot draw answers by chance.
+            cannot draw answers by chance, or gives none that have a format.
         DataError: there are none, they were learned from, or they are gone.
     """
     if request.samples:
         require(candidate.recipe, Drawable)  # type: ignore[type-abstract]  # a protocol names the capability
+    if request.constrained and not isinstance(candidate.recipe, Formatted):
+        raise UsageError(f"--constrained: answers of recipe {candidate.recipe.name} are numbers, which have no format")
     if candidate.run is None and request.shards is None:
         raise UsageError(f"{candidate.name}: nothing says what to measure it on; name windows with --shards")
+    if request.constrained:  # the other report is what people take the model for
+        candidate = replace(candidate, out=candidate.out.with_name(f"{candidate.out.name}-{CONSTRAINED}"))
     own = own_shards(candidate.run, are_needed=request.shards is None) if candidate.run else None
     shards = open_shards(request.shards) if request.shards else own
     if shards is None:

@@ -17,6 +17,8 @@ _UNKNOWN = (
     "constant is that of {}"
 )
 _CHOSEN = "the weights were chosen by their loss on this very split, {}: what follows flatters them a little"
+_HELD = "answers were held to their format, so that each could be read: "
+_FORCED = "{:.1%} had to be forced, at {:.1%} of all tokens, and are scored as if the model had said them of itself"
 _NO_ANSWER = ["no answer", "n/a", "n/a"]
 _OF_ORDER = {  # what a shuffled axis tells of a model that does look
     TIME_SHUFFLED: "the order of the frames hardly matters to it, which a model of motion would need",
@@ -34,8 +36,8 @@ def is_silent_by(scores: Mapping[str, Any], metric: Metric) -> bool:
     return float(scores.get(_share_of(metric), 0.0)) == 1.0
 
 
-def _share_of(metric: Metric) -> str:
-    return "drawn_unreadable" if metric.is_drawn else "unreadable"
+def _share_of(metric: Metric, what: str = "unreadable") -> str:
+    return f"drawn_{what}" if metric.is_drawn else what
 
 
 def notes_of(report: Mapping[str, Any]) -> list[str]:
@@ -47,6 +49,9 @@ def notes_of(report: Mapping[str, Any]) -> list[str]:
     if report["chosen_on"]:
         notes.append(_CHOSEN.format(report["chosen_on"]))
     model = report["conditions"][0]
+    if counts_forced(report):
+        forced = _FORCED.format(model["forced"], model["off_grammar"]) if model["forced"] else "none had to be forced"
+        notes.append(_HELD + forced)
     if model["unreadable"] and not is_silent(report):
         notes.append(
             f"{model['unreadable']:.1%} of the answers could not be read; they count as the {report['reference']}"
@@ -60,6 +65,16 @@ def _of_drawn(failed: float, temperature: float) -> str:
     if failed == 1.0:
         return f"none of the answers drawn at temperature {temperature:g} could be read: no number is a score of them"
     return f"{failed:.1%} of the answers drawn at temperature {temperature:g} could not be read"
+
+
+def counts_forced(report: Mapping[str, Any]) -> bool:
+    """Say whether answers were held to their format, where none is unreadable and some are forced."""
+    return bool(report.get("constrained"))  # reports of 0.6 do not know of it
+
+
+def failures_title(report: Mapping[str, Any]) -> str:
+    """Return the title of a table's last column: what share of the answers was not the model's own, or no answer."""
+    return "forced" if counts_forced(report) else "unreadable"
 
 
 def title_of(report: Mapping[str, Any]) -> str:
@@ -129,8 +144,9 @@ def show_strata(title: str, report: Mapping[str, Any], metrics: Sequence[Metric]
 
 def table_of(report: Mapping[str, Any], metrics: Sequence[Metric]) -> tuple[list[str], list[list[str]]]:
     """Return the header and the rows of an evaluation's table."""
-    header = ["condition", *_columns(report, metrics), "unreadable"]
-    return header, [condition_row(scores, metrics) for scores in report["conditions"]]
+    last = failures_title(report)
+    header = ["condition", *_columns(report, metrics), last]
+    return header, [condition_row(scores, metrics, last) for scores in report["conditions"]]
 
 
 def strata_table(report: Mapping[str, Any], metrics: Sequence[Metric]) -> tuple[list[str], list[list[str]]]:
@@ -140,17 +156,18 @@ def strata_table(report: Mapping[str, Any], metrics: Sequence[Metric]) -> tuple[
     return header, [_stratum_row(model, scores, metrics) for scores in report["strata"]]
 
 
-def condition_row(scores: Mapping[str, Any], metrics: Sequence[Metric]) -> list[str]:
+def condition_row(scores: Mapping[str, Any], metrics: Sequence[Metric], last: str = "unreadable") -> list[str]:
     """Return the row of a model, a control or a baseline; the numbers of who said nothing would be the reference's.
 
-    What could not be read is told of the answers that the metrics are of; of a control none are drawn.
+    What could not be read, or was forced, as `last` says, is told of the answers that the metrics are of; of a control
+    none are drawn, and a baseline is never forced.
     """
     cells = [
         cell
         for metric in metrics
         for cell in (_NO_ANSWER if is_silent_by(scores, metric) else _scores_cells(scores, metric))
     ]
-    return [scores["name"], *cells, number(scores.get(_share_of(metrics[0])), ".1%")]
+    return [scores["name"], *cells, number(scores.get(_share_of(metrics[0], last)), ".1%")]
 
 
 def metric_title(metric: Metric) -> str:

@@ -1,0 +1,191 @@
+"""Answers held to their format: the grammar beside each parser, and models that are held to it while they answer."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken
+
+from omni_cli.errors import DataError
+from omni_cli.models.grammar import Grammar
+from omni_cli.models.tiny import tiny_tokenizer
+from omni_cli.recipe import Formatted
+from omni_cli.recipes.vlm import Vlm
+from omni_cli.samples.answer_formats import FORMATS
+from omni_cli.samples.prompts import ANSWER_END, parse_answer, render_answer
+from omni_cli.samples.reasoning import MAX_CHARACTERS, plain_text, text_refusal
+
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl")
+OWN_THOUGHT = "Slow down to 10 m/s because the road bends to the left ahead."
+
+
+def written(labels: str, thought: str, said: str) -> str:
+    return f"<think>\n{thought}\n</think>\n{said}" if FORMATS[labels].grammar.thought_tokens else said
+
+
+@pytest.mark.parametrize("labels", FORMATS)
+@given(data=st.data())
+@settings(max_examples=40)
+def test_whatever_the_grammar_holds_is_read_to_finite_numbers(labels, data) -> None:
+    form = FORMATS[labels].grammar
+    said = data.draw(st.from_regex(re.compile(form.said, re.ASCII), fullmatch=True))
+    thought = data.draw(st.text(st.characters(exclude_characters="\n", exclude_categories=["Cs"]), min_size=1))
+    text = written(labels, thought.replace("</think>", ""), said)
+    if not form.holds(text):  # nothing was left of the thought
+        assert form.thought_tokens
+        return
+    values = parse_answer(labels, text)
+    assert values is not None
+    numbers = [value for name, value in values.items() if name != "reasoning"]
+    assert all(np.isfinite(number).all() for number in numbers)
+
+
+METRES = st.floats(-999, 999, allow_nan=False)
+
+
+@pytest.mark.parametrize("labels", FORMATS)
+@given(
+    motion=st.tuples(st.floats(-99_999, 99_999), st.floats(-99_999, 99_999)),
+    path_m=st.lists(METRES, min_size=13, max_size=13).map(
+        lambda few: [value for value in few for _ in range(15)][:192]
+    ),
+    text=st.text(min_size=1, max_size=MAX_CHARACTERS).map(plain_text),
+)
+@settings(max_examples=50)
+def test_whatever_labels_are_rendered_to_is_in_the_grammar(labels, motion, path_m, text) -> None:
+    thought = OWN_THOUGHT if text_refusal(text, "recording") else text
+    targets = {"mean_speed_mps": motion[0], "displacement_m": motion[1], "future_xyz_m": path_m, "reasoning": thought}
+    assert FORMATS[labels].grammar.holds(render_answer(labels, targets))
+
+
+@pytest.mark.parametrize("labels", FORMATS)
+def test_a_grammar_always_reaches_its_end(labels) -> None:
+    """If each byte is a token, what is said, the tags and the longest thought fit into its most tokens."""
+    form = FORMATS[labels].grammar
+    tags = len("<think>\n\n</think>\n") if form.thought_tokens else 0
+    longest = re._parser.parse(form.said).getwidth()[1]
+    assert tags + form.thought_tokens + longest + len([ANSWER_END]) <= form.most_tokens
+
+
+def tokenizer(*more: str) -> Any:
+    made = tiny_tokenizer([render_answer(labels, form.zero) for labels, form in FORMATS.items()])
+    made.add_tokens([AddedToken(text, special=False, normalized=False) for text in more])
+    return made
+
+
+@pytest.mark.parametrize("added", [(), ("<think>", "</think>")])
+@pytest.mark.parametrize("labels", FORMATS)
+def test_noise_held_to_a_grammar_is_an_answer_in_it(labels, added) -> None:
+    """Also where a tag is one token, as in Qwen3's vocabulary; tokens of the chat never are in a thought."""
+    of, form, rows = tokenizer(*added), FORMATS[labels].grammar, 8
+    held = Grammar(form.lark, form.most_tokens, of, ANSWER_END).over(rows)
+    generator, end = torch.Generator().manual_seed(0), of.convert_tokens_to_ids(ANSWER_END)
+    ids = torch.zeros((rows, 1), dtype=torch.long)
+    for _ in range(form.most_tokens):
+        scores = held(ids, torch.randn((rows, len(of) + 5), generator=generator))
+        ids = torch.cat([ids, scores.argmax(1, keepdim=True)], 1)
+        ids[:, -1][(ids[:, 1:-1] == end).any(1)] = of.pad_token_id  # as `generate` does with answers that have ended
+    answers = [row[: row.index(end)] for row in ids[:, 1:].tolist()]
+    texts = [of.decode(answer) for answer in answers]
+    assert all(form.holds(text) and parse_answer(labels, text) is not None for text in texts)
+    assert len(set(texts)) > 1
+    assert held.tokens == [len(answer) + 1 for answer in answers]
+    if added and form.thought_tokens:
+        assert all(of.encode(tag)[0] in answer for answer in answers for tag in added)
+
+
+def test_a_thought_is_closed_when_its_budget_is_used_up() -> None:
+    """Where a model would think for ever, 512 tokens of it are kept, and the answer follows."""
+    of, form = tokenizer(), FORMATS["reasoning"].grammar
+    held = Grammar(form.lark, form.most_tokens, of, ANSWER_END).over(1)
+    scores = torch.zeros((1, len(of)))
+    scores[0, of.encode("a")[0]] = 1.0
+    ids = torch.zeros((1, 1), dtype=torch.long)
+    while len(ids[0]) < form.most_tokens and ids[0, -1] != of.convert_tokens_to_ids(ANSWER_END):
+        ids = torch.cat([ids, held(ids, scores.clone()).argmax(1, keepdim=True)], 1)
+    values = parse_answer("reasoning", of.decode(ids[0, 1:-1]))
+    assert values is not None
+    assert values["reasoning"] == "a" * form.thought_tokens
+    assert held.tokens == [len(ids[0]) - 1]
+    assert held.off_grammar == [held.tokens[0] - form.thought_tokens]
+
+
+def test_a_tokenizer_of_another_kind_is_refused() -> None:
+    class Words:
+        added_tokens_decoder: ClassVar[dict[int, Any]] = {}
+
+        def get_vocab(self) -> dict[str, int]:
+            return {"▁car": 0}
+
+        def convert_tokens_to_ids(self, _token: str) -> int:
+            return 0
+
+    with pytest.raises(DataError, match=r"token '▁car' holds '▁', which stands for no byte; .* byte-level tokenizer"):
+        Grammar(FORMATS["speed"].grammar.lark, 24, Words(), ANSWER_END)
+
+
+def recipe(family: str, labels: str = "ego-motion") -> Vlm:
+    sample = {"cameras": "4-cam", "window": 4, "canvas_px": 112, "labels": labels}
+    return Vlm(model=f"tiny:{family}", precision="float32", sample=sample, tune={"mode": "full"})
+
+
+def make_rows(vlm: Vlm, speeds: Sequence[float]) -> list[dict[str, Any]]:
+    preprocess, generator = vlm.preprocess(), torch.Generator().manual_seed(0)
+    zero = FORMATS[preprocess.labels].zero
+    zero = {**zero, "future_xyz_m": list(zero.get("future_xyz_m", ()))}
+    targets = [{**zero, "start_speed_mps": v, "mean_speed_mps": v, "displacement_m": 0.3 * v} for v in speeds]
+    rows = []
+    for row in vlm.encode_windows(pa.Table.from_pylist(targets), preprocess).to_pylist():
+        tensors = {name: torch.tensor(values) for name, values in row.items()}
+        tensors["position_ids"] = tensors["position_ids"].view(4, -1)
+        pixels = torch.randint(0, 256, preprocess.window_shape, generator=generator, dtype=torch.uint8)
+        rows.append({**tensors, "pictures": pixels})
+    return rows
+
+
+@pytest.mark.parametrize("labels", FORMATS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_untrained_model_gives_answers_that_all_can_be_read(family, labels) -> None:
+    """Greedy and drawn by chance, in a batch whose rows end at different times, each as it answers alone."""
+    vlm = recipe(family, labels)
+    preprocess, rows = vlm.preprocess(), make_rows(vlm, (3.0, 12.5))
+    built = vlm.build(preprocess)
+    assert isinstance(vlm, Formatted)
+    held = vlm.held_to_format(replace(built, model=built.model.eval()), preprocess)
+    said = vlm.predict(held, rows, preprocess)
+    assert all(one.values is not None and FORMATS[labels].grammar.holds(one.text) for one in said)
+    assert all(one.held.off_grammar > 0 for one in said)  # and none of them is the model's own
+    if labels == "speed":
+        drawn = vlm.draw(held, rows, preprocess, [5, 6], 1.0)
+        assert all(one.values is not None for one in drawn)
+        assert vlm.draw(held, rows[1:], preprocess, [6], 1.0) == drawn[1:]
+        assert vlm.predict(held, rows[:1], preprocess) == said[:1]
+        assert vlm.predict(built, rows, preprocess)[0].held is None
+
+
+def test_who_is_not_forced_says_what_it_says_when_free() -> None:
+    """A model that has half learned the format: some answers are its own, letter for letter, and the others marked."""
+    vlm = recipe("qwen2_5_vl", "speed")
+    preprocess, rows = vlm.preprocess(), make_rows(vlm, (3.0, 12.5, 21.0))
+    built = vlm.build(preprocess)
+    held = vlm.held_to_format(built, preprocess)
+    optimizer, kinds = torch.optim.AdamW(built.model.parameters(), lr=1e-3), set()
+    for _ in range(8):
+        built.model.eval()
+        for free, bound in zip(vlm.predict(built, rows, preprocess), vlm.predict(held, rows, preprocess), strict=True):
+            is_own = FORMATS["speed"].grammar.holds(free.text)
+            assert is_own == (bound.held.off_grammar == 0) == (bound.text == free.text)
+            assert (bound.held.line()["forced"], bound.held.line()["tokens"]) == (not is_own, bound.held.tokens)
+            kinds.add(is_own)
+        optimizer.zero_grad()
+        loss = vlm.loss(built.model.train(), vlm.collate(rows, preprocess), preprocess)
+        (loss.total / loss.count).backward()
+        optimizer.step()
+    assert kinds == {True, False}
