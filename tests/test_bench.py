@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from omni_cli.__main__ import run
-from omni_cli.files import read_json, write_json
+from omni_cli.errors import UsageError
+from omni_cli.files import read_json, read_receipt, write_json
 from omni_cli.formats.video import decode, probe
 from omni_cli.report import Console
 from omni_cli.samples.dataset import ALL, WindowDataset
 from omni_cli.samples.shards import open_shards
 from omni_cli.scene.recording import CameraStream, Recording, VideoLocation
+from omni_cli.stages import models, runs
 from omni_cli.stages.bench import PARTS, BenchRequest, bench
 from omni_cli.stages.bench.latency import ROUNDS
 from omni_cli.stages.bench.steps import Cycled
@@ -53,7 +55,10 @@ def test_with_a_users_own_data_and_run_every_part_is_measured_on_them(made):
     assert str(made.data / "shards" / "run") in parts["loader"]["on"]
     assert parts["infer"]["on"].startswith(f"run {made.run.folder}")
     ways = itertools.product(("torch cpu", "ONNX cpu"), ("host to host", "device only (cpu, the host)"))
-    assert set(parts["export"]["lines"]) == {f"model vision: {runner} b1, {path}" for runner, path in ways}
+    assert set(parts["export"]["lines"]) == {
+        f"model {program}: {runner} b1, {path}"
+        for program, (runner, path) in itertools.product(("vision", "decoder", "whole"), ways)
+    }
     assert parts["export"]["teacher"] == "no teacher is measured: recipe vlm learns from no other model"
     assert (result["device"], result["threads"]) != ("", 0)
     lines = [line for part in parts.values() for line in part["lines"].values()]
@@ -63,6 +68,22 @@ def test_with_a_users_own_data_and_run_every_part_is_measured_on_them(made):
         "export": {2 * ROUNDS},
     }
     assert all(ratio > 0 for part in parts.values() for ratio in part["ratios"].values())
+
+
+def test_an_export_of_omni_0_6_holds_the_tower_alone_and_is_measured(made, tmp_path):
+    shutil.copytree(made.run.folder.parent, tmp_path / "runs")
+    folder = tmp_path / "runs" / made.run.name / "export" / "onnx"
+    weights = read_receipt(folder)["run_weights"]
+    card = read_json(folder / "programs.json")
+    write_json(folder / "programs.json", {**card, "programs": card["programs"][:1]})
+    (folder / "decoder.onnx").unlink()
+    runs.seal_folder(folder, run_weights=weights, format=2)
+    (part,) = bench(made.recipe, BenchRequest("export", made.data, tmp_path / "runs", "test", repeats=1), QUIET)[
+        "parts"
+    ].values()
+    assert {line.split(":")[0] for line in part["lines"]} == {"model vision"}
+    with pytest.raises(UsageError, match=r"is a folder of ONNX programs: .* ask their run with --run"):
+        models.open_model(folder)
 
 
 def test_in_an_empty_folder_it_makes_a_drive_says_so_and_leaves_nothing(tmp_path, monkeypatch, capsys):

@@ -60,7 +60,8 @@ def written(net, tmp_path_factory):
     for name, (module, specs, metadata) in parts.items():
         inputs = example_inputs(specs, 2, seed=1)
         path = folder / f"{name}.onnx"
-        write_onnx(module, inputs, OUTPUT_NAMES, path, opset=OPSET, dynamic_batch=True, metadata=metadata)
+        free_axes = {name: {0: "batch"} for name in (*inputs, *OUTPUT_NAMES)}
+        write_onnx(module, inputs, OUTPUT_NAMES, path, opset=OPSET, free_axes=free_axes, metadata=metadata)
     return folder
 
 

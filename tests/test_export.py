@@ -1,8 +1,12 @@
 """What is exported computes what the run computes: in the hub's own tools, and in onnxruntime."""
 
+import itertools
 import json
+import os
 import re
+import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
@@ -12,13 +16,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from omni_cli.errors import OmniError, UsageError
+from omni_cli.models import qwen_vl
+from omni_cli.recipes.vlm import packed
 from omni_cli.samples import prompts
 from omni_cli.stages import models, runs
-from omni_cli.stages.export import ExportRequest, compare_outputs, export, parse_batches
+from omni_cli.stages.export import ExportRequest, export, parse_batches
+from omni_cli.stages.programs import compare_outputs, needed_bytes, of_type
 from tests.support.pipeline import QUIET, Made, make_run, tiny_recipe, write_synthetic
 
 VIDEO_TOKEN = prompts.video_token("qwen2_5_vl")
 RUNS = {"qwen2_5_vl": "full", "qwen3_vl": "lora"}
+OF_PICTURES = ("image_embeds", "deepstack_0")
 
 
 @pytest.fixture(scope="module")
@@ -78,13 +86,142 @@ def test_the_card_says_what_the_programs_are(made, in_onnx):
     assert tuple(card["window"]["grid"][axis] for axis in ("time", "height", "width")) == preprocess.grid
     assert card["preprocess"] == preprocess.model_dump(mode="json")
     assert card["programs"] == result["programs"]
-    assert [program["file"] for program in card["programs"]] == ["vision-b1.onnx", "vision-b2.onnx"]
+    assert [program["file"] for program in card["programs"]] == ["vision-b1.onnx", "vision-b2.onnx", "decoder.onnx"]
     for program in card["programs"]:
         assert 0 < program["max_difference"] < 2e-5 < program["allowed_difference"]
         session = onnxruntime.InferenceSession(str(folder / program["file"]))
         assert {one.name: one.shape for one in session.get_inputs()} == program["inputs"]
         assert {one.name: one.shape for one in session.get_outputs()} == program["outputs"]
+        assert program["shares"].keys() == program["outputs"].keys()
+        assert all(0 < share < 1e-5 < program["allowed_share"] for share in program["shares"].values())
+    cases = itertools.product(("1 window", "2 windows, 1 padded"), ("logits", "keys", "values"))
+    assert set(card["rehearsed"]) == {f"{case}, prompt and 4 tokens: {kind}" for case, kind in cases}
+    assert all(0 < share < 1e-5 for share in card["rehearsed"].values())
     assert runs.verified_folder(folder)
+
+
+def in_torch(planned):
+    """Programs run by torch: what ONNX Runtime says of them is compared elsewhere."""
+    modules = {program.name: program.module for program in planned}
+    return lambda name, inputs: modules[name](*inputs.values())
+
+
+@pytest.fixture(scope="module")
+def planned(made):
+    """The programs of a run whose adapter is merged, and the model."""
+    preprocess = made.run.manifest.preprocess
+    built = made.recipe.load_to_merge(preprocess, made.run.final)
+    built = built if made.recipe.tune.mode == "full" else made.recipe.merge(built)
+    return built, made.recipe.programs(built, preprocess, (1,))
+
+
+def spoil_places(inputs):
+    return {**inputs, "position_ids": inputs["position_ids"] + torch.tensor([0, 0, 1]).view(3, 1, 1)}
+
+
+def spoil_padding(inputs):
+    return {**inputs, "attention_mask": torch.ones_like(inputs["attention_mask"])}
+
+
+def spoil_pictures(inputs):
+    last = list(inputs)[3 if "deepstack_0" not in inputs else 4]  # the last of what the tower says
+    return {**inputs, last: inputs[last].flip(0)}
+
+
+def spoil_past(inputs):
+    return {**inputs, "past_key_values.1.value": inputs["past_key_values.1.value"] * 1.001}
+
+
+@pytest.mark.fault("F30")
+@pytest.mark.parametrize("spoil", [None, spoil_places, spoil_padding, spoil_pictures, spoil_past])
+def test_a_decoder_that_reads_otherwise_than_the_library_is_refused(made, planned, spoil):
+    """A decoder is held to the library's own forward: positions, padding, pictures, and what was read before."""
+    built, programs = planned
+    right = in_torch(programs)
+
+    def run(name, inputs):
+        return right(name, spoil(inputs) if spoil and name == "decoder" else inputs)
+
+    asked = (built, made.run.manifest.preprocess, programs, run, "float32")
+    if spoil is None:
+        assert max(made.recipe.rehearse(*asked).values()) < 1e-5
+    else:
+        with pytest.raises(OmniError, match=r"of the ONNX programs differ .* 1e-04 allowed; nothing is published"):
+            made.recipe.rehearse(*asked)
+
+
+def test_greedy_tokens_by_onnxruntime_are_those_of_generate(made, in_onnx, planned):
+    """Two windows, one padded on the left, sixteen tokens: the same as transformers' own `generate`, each of them."""
+    (built, _), preprocess, windows = (
+        planned,
+        made.run.manifest.preprocess,
+        pictures_of(made.run.manifest.preprocess, 2),
+    )
+    model = qwen_vl.base_of(built.model)
+    rows = [made.recipe.prompt_row(one, preprocess, built.tokenizer, 3.0) for one in windows]
+    rows[1] = {**rows[1], **{name: rows[1][name][..., 5:] for name in ("input_ids", "labels", "position_ids")}}
+    batch = packed.left_padded(rows, built.tokenizer.pad_token_id, torch.device("cpu"))
+    assert batch["attention_mask"].sum(1).diff().item() == -5
+    features = model.model.get_video_features(preprocess.pixel_values(windows), torch.tensor([preprocess.grid] * 2))
+    told = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    expected = model.generate(
+        **told, mm_encoder_outputs={"video": features}, do_sample=False, min_new_tokens=16, max_new_tokens=16
+    )[:, batch["input_ids"].shape[1] :]
+
+    _, folder = in_onnx
+    tower, decoder = (onnxruntime.InferenceSession(folder / f"{name}.onnx") for name in ("vision-b2", "decoder"))
+    said = tower.run(None, {"pixel_values": preprocess.pixel_values(windows).numpy()})
+    given = {name: tensor.numpy() for name, tensor in told.items()}
+    given |= {"position_ids": given["position_ids"][1:]}
+    given |= dict(zip((one.name for one in tower.get_outputs()), said, strict=True))
+    past = {one.name: one.shape for one in decoder.get_inputs() if one.name.startswith("past_key_values.")}
+    given |= {name: np.zeros((2, shape[1], 0, shape[3]), np.float32) for name, shape in past.items()}
+    tokens = []
+    for _ in range(16):
+        logits, *present = decoder.run(None, given)
+        logits[:, built.tokenizer.convert_tokens_to_ids(prompts.ANSWER_END)] = -np.inf  # as `min_new_tokens` does
+        tokens.append(logits.argmax(-1)[:, None])
+        given = {name: array[:0] if name in OF_PICTURES else array for name, array in given.items()}
+        given |= dict(zip(past, present, strict=True)) | {"input_ids": tokens[-1]}
+        given["attention_mask"] = np.concatenate([given["attention_mask"], np.ones((2, 1), np.int64)], axis=1)
+        given["position_ids"] = given["position_ids"][..., -1:] + 1
+    assert np.concatenate(tokens, axis=1).tolist() == expected.tolist()
+
+
+def test_the_cards_example_answers_with_numpy_alone(made, in_onnx, planned):
+    (built, _), preprocess, (_, folder) = planned, made.run.manifest.preprocess, in_onnx
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    black = torch.zeros(preprocess.window_shape, dtype=torch.uint8)
+    row = made.recipe.prompt_row(black, preprocess, built.tokenizer, 10.0)
+    (expected,) = made.recipe.predict(built, [row], preprocess)
+    alone = f"{code}\nimport sys\nassert not {{'torch', 'transformers', 'omni_cli'}} & sys.modules.keys()"
+    done = subprocess.run([sys.executable, "-c", alone], cwd=folder, text=True, capture_output=True, check=False)
+    assert (done.stderr, done.stdout) == ("", f"{expected.text}\n")
+
+
+def test_weights_of_half_precision_are_cast_once_and_tables_of_positions_stay(planned):
+    decoder = planned[1][-1].module
+    half = of_type(decoder, torch.float16)
+    assert {weight.dtype for weight in half.parameters()} == {torch.float16}
+    assert half.head.weight is half.language_model.embed_tokens.weight  # tied, as they were
+    assert half.language_model.rotary_emb.inv_freq.dtype == torch.float32
+    assert {weight.dtype for weight in decoder.parameters()} == {torch.float32}
+    assert of_type(decoder, torch.float32) is decoder
+
+
+def test_what_programs_need_is_known_before_they_are_written(made, in_onnx, planned, monkeypatch):
+    """A full disk is told before an hour's work, and nothing is left."""
+    _, folder = in_onnx
+    written = {path.name: path.stat().st_size for path in folder.glob("*.onnx")}
+    told = needed_bytes(planned[1], "float32")
+    found = written["vision-b1.onnx"] + written["decoder.onnx"]
+    assert found < told < found + len(planned[1]) * 4.5 * 2**20
+    out = made.run.folder / "full"
+    state = os.statvfs("/")
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=1, f_frsize=state.f_frsize))
+    with pytest.raises(OmniError, match=r"ONNX programs need about 0\.\d\d GiB, 0\.00 GiB are free; .* with --out$"):
+        export(made.recipe, made.run, ExportRequest("onnx", out), QUIET)
+    assert not list(made.run.folder.glob("*full*"))
 
 
 def test_a_second_export_does_nothing_and_another_opset_is_another_export(made, in_onnx):
@@ -94,10 +231,13 @@ def test_a_second_export_does_nothing_and_another_opset_is_another_export(made, 
     assert (folder / "vision-b1.onnx").stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("made", ["qwen3_vl"], indirect=True)
 def test_half_precision_stays_within_its_stated_tolerance(made, tmp_path):
     request = ExportRequest("onnx", tmp_path / "half", dtype="float16", opset=18)
-    (program,) = export(made.recipe, made.run, request, QUIET)["programs"]
-    assert 1e-6 < program["max_difference"] < program["allowed_difference"]
+    result = export(made.recipe, made.run, request, QUIET)
+    for program in result["programs"]:
+        assert 1e-6 < program["max_difference"] < program["allowed_difference"]
+    assert all(1e-5 < share < 2e-2 for share in result["rehearsed"].values())
     (pixels,) = onnxruntime.InferenceSession(str(tmp_path / "half" / "vision-b1.onnx")).get_inputs()
     assert pixels.type == "tensor(float16)"
 

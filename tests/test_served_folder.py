@@ -20,9 +20,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 
-from omni_cli.errors import UsageError
-from omni_cli.models import families
-from omni_cli.models.hub_files import write_processor_config
 from omni_cli.recipe import BuiltModel
 from omni_cli.recipes.vlm.about import VLLM_TEMPLATE
 from omni_cli.samples import prompts
@@ -146,12 +143,6 @@ def test_vllm_puts_the_training_prompt_together(served):
         frames = [f"<{second:.1f} seconds><|vision_start|>{pads}<|vision_end|>" for second in seconds]
         text = text.replace(VIDEO, "".join(frames))
     assert text == prompts.render_prompt(preprocess, 0.0)
-
-
-def test_a_family_without_processor_files_is_refused_in_one_line(tmp_path):
-    with pytest.raises(UsageError, match="family internvl: omni does not write its processor's files"):
-        write_processor_config(tmp_path, families.FAMILIES["internvl"], canvas_px=(112, 112), num_frames=4)
-    assert not list(tmp_path.iterdir())
 
 
 def question(preprocess):

@@ -18,11 +18,16 @@ def command(
         typer.Option(
             "--format",
             metavar="hf|adapter|onnx",
-            help="A whole model or its adapter for the hub's tools, or ONNX programs. [default: the recipe's first]",
+            help="A whole model or its adapter for the hub's tools, or ONNX programs: of a vision-language model its "
+            "vision tower, and its decoder with the KV cache as inputs and outputs. [default: the recipe's first]",
         ),
     ] = None,
     batch: Annotated[
-        str, typer.Option(metavar="1|1-8", help="Windows at once; of a range, one ONNX program each.")
+        str,
+        typer.Option(
+            metavar="1|1-8",
+            help="Windows at once; of a range, one vision tower each. A decoder takes any number, of any length.",
+        ),
     ] = "1",
     opset: Annotated[int, typer.Option(help="Version of the ONNX operators.")] = 20,
     dtype: Annotated[str, typer.Option(metavar="float32|float16", help="Type of the ONNX program.")] = "float32",
@@ -48,9 +53,10 @@ def command(
 ) -> None:
     """Export a run to a folder of the hub's layout, or to ONNX.
 
-    An adapter is merged first, or exported as it is with --format adapter. What is exported is compared with the model
-    before it is published, and has a model card. With --push-to-hub it goes to a repository, which is private unless
-    --public makes it otherwise; run again it sends what differs. For a token: hf auth login, or HF_TOKEN. Examples:
+    An adapter is merged first, or exported as it is with --format adapter. ONNX weights over 2 GB lie in a file beside
+    their program, and --dtype float16 halves them. What is exported is compared with the model before it is published,
+    and has a model card. With --push-to-hub it goes to a repository, which is private unless --public makes it
+    otherwise; run again it sends what differs. For a token: hf auth login, or HF_TOKEN. Examples:
 
     omni export drive --push-to-hub me/drive --dry-run
 

@@ -4,62 +4,85 @@ from pathlib import Path
 from typing import Any
 
 from omni_cli import files
-from omni_cli.errors import UsageError
 from omni_cli.models.families import VisionFamily, is_local
 
-_CLASSES = {
-    "qwen2_5_vl": ("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor"),
-    "qwen3_vl": ("Qwen3VLProcessor", "Qwen3VLVideoProcessor"),
+_CLASSES = {  # of the processor, and of its parts for pictures and for videos
+    "qwen2_5_vl": ("Qwen2_5_VLProcessor", "Qwen2VLImageProcessor", "Qwen2VLVideoProcessor"),
+    "qwen3_vl": ("Qwen3VLProcessor", "Qwen2VLImageProcessor", "Qwen3VLVideoProcessor"),
+    "llava_onevision": ("LlavaOnevisionProcessor", "LlavaOnevisionImageProcessor", "LlavaOnevisionVideoProcessor"),
+    "internvl": ("InternVLProcessor", "GotOcr2ImageProcessor", "InternVLVideoProcessor"),
+}
+_NAMED_TOKENS = {  # `InternVLProcessor` asks its tokenizer for them by these names
+    "internvl": {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    },
 }
 
 
-def check_family(name: str, asking: str) -> None:
-    """Refuse a family whose processor's files omni does not write.
-
-    Args:
-        name: of the family.
-        asking: the command that asks such a model all the same.
-
-    Raises:
-        UsageError: it is one.
-    """
-    if name not in _CLASSES:
-        raise UsageError(
-            f"family {name}: omni does not write its processor's files, so other tools could not ask it; ask it with: "
-            f"{asking}"
-        )
+def named_tokens(family: str) -> dict[str, str]:
+    """Return the tokens that a family's processor asks its tokenizer for, by the names it knows them by."""
+    return dict(_NAMED_TOKENS.get(family, {}))
 
 
 def write_processor_config(folder: Path, family: VisionFamily, *, canvas_px: tuple[int, int], num_frames: int) -> None:
     """Write `processor_config.json`, and the two files that transformers before 5 reads instead.
 
-    The bounds on the size hold exactly one canvas: a canvas of ours is never resized, and no frame is dropped.
+    What they say of the size holds exactly one canvas: a canvas of ours is never resized, and no frame is dropped.
 
     Args:
         folder: of the model.
         family: its vision backbone.
         canvas_px: width and height of a window's canvases.
         num_frames: canvases in a window.
-
-    Raises:
-        UsageError: omni does not write the files of this family's processor.
     """
-    check_family(family.name, "omni infer")
-    processor, video_processor = _CLASSES[family.name]
-    # Qwen2.5's video processor bounds the pixels of one frame, Qwen3's those of the whole video.
-    pixels = canvas_px[0] * canvas_px[1] * (num_frames if family.name == "qwen3_vl" else 1)
+    processor, of_images, of_videos = _CLASSES[family.name]
+    for_images, for_videos = _whole(family, canvas_px) if family.reads_frames else _cut(family, canvas_px, num_frames)
+    image = {"image_processor_type": of_images, **_pixels(family), **for_images}
     video = {
-        "video_processor_type": video_processor,
-        **_vision(family, pixels),
+        "video_processor_type": of_videos,
+        **_pixels(family),
+        **for_videos,
         "do_sample_frames": False,
-        "cap_pixels_per_frame": False,  # the bounds above are the cap
         "return_metadata": family.name == "qwen3_vl",  # it writes the times of the frames into the prompt
     }
-    image = {"image_processor_type": "Qwen2VLImageProcessor", **_vision(family, canvas_px[0] * canvas_px[1])}
-    whole = {"processor_class": processor, "image_processor": image, "video_processor": video}
-    files.write_json(folder / "processor_config.json", whole)
+    counted = {"processor_class": processor, **_counted(family, canvas_px)}
+    files.write_json(folder / "processor_config.json", {**counted, "image_processor": image, "video_processor": video})
     files.write_json(folder / "preprocessor_config.json", {"processor_class": processor, **image})
     files.write_json(folder / "video_preprocessor_config.json", {"processor_class": processor, **video})
+
+
+def _cut(family: VisionFamily, canvas_px: tuple[int, int], num_frames: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what is said of pictures and of videos that are cut into patches."""
+    cut = {"patch_size": family.patch_px, "temporal_patch_size": family.temporal_patch, "merge_size": family.merge}
+    frame = canvas_px[0] * canvas_px[1]
+    # Qwen2.5's video processor bounds the pixels of one frame, Qwen3's those of the whole video.
+    pixels = frame * (num_frames if family.name == "qwen3_vl" else 1)
+    video = {**cut, "size": _bounds(pixels), "cap_pixels_per_frame": False}  # the bounds are the cap
+    return {**cut, "size": _bounds(frame)}, video
+
+
+def _bounds(pixels: int) -> dict[str, int]:
+    return {"shortest_edge": pixels, "longest_edge": pixels}
+
+
+def _whole(family: VisionFamily, canvas_px: tuple[int, int]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what is said of pictures and of videos whose frames are read whole, however many they are."""
+    size = {"size": {"width": canvas_px[0], "height": canvas_px[1]}}
+    return {**size, **({"crop_to_patches": False} if family.name == "internvl" else {})}, size
+
+
+def _counted(family: VisionFamily, canvas_px: tuple[int, int]) -> dict[str, Any]:
+    """Return by what a processor counts the placeholders of a frame; Qwen's count its patches."""
+    patches = canvas_px[0] * canvas_px[1] // family.patch_px**2
+    match family.name:
+        case "llava_onevision":  # before they are pooled, with which its processor reckons
+            return {"num_image_tokens": patches, "vision_feature_select_strategy": "full"}
+        case "internvl":
+            return {"image_seq_length": patches // family.merge**2}
+    return {}
 
 
 def write_generation_config(folder: Path, *, end: int, pad: int, most: int) -> None:
@@ -79,12 +102,8 @@ def write_generation_config(folder: Path, *, end: int, pad: int, most: int) -> N
     files.write_json(folder / "generation_config.json", {**greedy, **ends})
 
 
-def _vision(family: VisionFamily, pixels: int) -> dict[str, Any]:
+def _pixels(family: VisionFamily) -> dict[str, Any]:
     return {
-        "patch_size": family.patch_px,
-        "temporal_patch_size": family.temporal_patch,
-        "merge_size": family.merge,
-        "size": {"shortest_edge": pixels, "longest_edge": pixels},
         "image_mean": list(family.mean),
         "image_std": list(family.std),
         "do_resize": True,

@@ -1,15 +1,18 @@
-"""The vision tower as a function of pixels alone, for a fixed grid, as ONNX can hold it.
+"""The vision tower as a function of pixels alone, as ONNX can hold it.
 
-What depends on the grid (positions, window order, sequence lengths) is computed once and kept as constants: the loops
-that compute it cannot be traced, and for a rig of cameras the grid never changes.
+What depends on the grid of a tower that reads patches (positions, window order, sequence lengths) is computed once and
+kept as constants: the loops that compute it cannot be traced, and for a rig of cameras the grid never changes. A tower
+that reads whole frames of one size depends on nothing of the kind, and takes any number of windows.
 """
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.exporters.utils import prepare_for_export
 
+from omni_cli.models import wiring
 from omni_cli.models.batched_vision import PLAIN, set_attention
 from omni_cli.models.qwen_vl import base_of
 
@@ -44,3 +47,32 @@ class VisionTower(nn.Module):
 
 def _deepstack(output: Any) -> tuple[Tensor, ...]:
     return tuple(getattr(output, "deepstack_features", None) or ())
+
+
+class FrameTower(nn.Module):
+    """From whole frames to the same: the tower, the projector, and how the family pools or shuffles what they see."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        base = base_of(model)
+        self.look = wiring.wiring_of(base).look
+        self.seeing = copy.copy(base.model)  # of the same weights, without the language model's
+        parts = {name: part for name, part in base.model.named_children() if name != "language_model"}
+        self.seeing._modules = parts
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor]:
+        """Return the embeddings (tokens of all windows, hidden).
+
+        Args:
+            pixel_values: (windows, frames, 3, height, width).
+        """
+        seen: Tensor = self.look(self.seeing, pixel_values, None).pooler_output
+        return (seen.flatten(0, 1),)
+
+    def output_names(self) -> tuple[str]:
+        """Return the name of what `forward` returns."""
+        return ("image_embeds",)
+
+    def free_axes(self) -> dict[str, dict[int, str]]:
+        """Return what the axes are called whose length follows the number of windows."""
+        return {INPUT_NAME: {0: "windows"}, "image_embeds": {0: "visual_tokens"}}

@@ -19,21 +19,22 @@ class Wiring:
 
     tower: str  # in the model without its head
     embedding: str  # in the tower: what its layers read
-    look: Callable[[Any, Tensor, Tensor], Any]  # model, pixels, grids -> the library's output
+    look: Callable[[Any, Tensor, Tensor | None], Any]  # model, pixels, grids of patches -> the library's output
     heard_as: str  # under which name the language model takes that output
     has_spatial_rope: bool
+    class_tokens: int = 0  # that the tower's layers read beside the patches of a frame
     unread: tuple[str, ...] = ()  # ends of the names of weights of the tower that no output depends on
 
 
-def _look_at_patches(base: Any, pixel_values: Tensor, grids: Tensor) -> Any:
+def _look_at_patches(base: Any, pixel_values: Tensor, grids: Tensor | None) -> Any:
     return base.get_video_features(pixel_values, grids, return_dict=True)
 
 
-def _look_at_video(base: Any, pixel_values: Tensor, _grids: Tensor) -> Any:
+def _look_at_video(base: Any, pixel_values: Tensor, _grids: Tensor | None) -> Any:
     return base.get_video_features(pixel_values, return_dict=True)
 
 
-def _look_at_frames(base: Any, pixel_values: Tensor, _grids: Tensor) -> Any:
+def _look_at_frames(base: Any, pixel_values: Tensor, _grids: Tensor | None) -> Any:
     return base.get_image_features(pixel_values.flatten(0, 1), return_dict=True)
 
 
@@ -53,7 +54,13 @@ _WIRINGS = {
         unread=(_KEY_BIAS, "post_layernorm.weight", "post_layernorm.bias"),
     ),
     "internvl": Wiring(
-        "vision_tower", "embeddings", _look_at_frames, "image", has_spatial_rope=False, unread=(_KEY_BIAS,)
+        "vision_tower",
+        "embeddings",
+        _look_at_frames,
+        "image",
+        has_spatial_rope=False,
+        class_tokens=1,
+        unread=(_KEY_BIAS,),
     ),
 }
 

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from omni_cli.errors import UsageError
 from omni_cli.recipe.foreseen import Comparable, Outlined
-from omni_cli.recipe.measured import Drawable, Stratified
+from omni_cli.recipe.measured import Drawable, Formatted, Stratified, Watchful
 from omni_cli.recipe.settings import SampleSettings, SplitSettings, TrainSettings, TuneSettings
 from omni_cli.recipe.values import (
     About,
     Asked,
     Batch,
     BuiltModel,
+    Held,
     Loading,
     Loss,
     Metric,
@@ -52,6 +53,8 @@ __all__ = [
     "Drawable",
     "Evaluable",
     "Exportable",
+    "Formatted",
+    "Held",
     "Inferable",
     "Loading",
     "Loss",
@@ -79,6 +82,7 @@ __all__ = [
     "Trainable",
     "TrainerKind",
     "TuneSettings",
+    "Watchful",
     "require",
 ]
 
@@ -322,7 +326,7 @@ class Exportable(Mergeable, Protocol):
         """Return the programs for these numbers of windows."""
 
     def rehearse(
-        self, built: BuiltModel, written: Sequence[Program], run: RunProgram, dtype: str
+        self, built: BuiltModel, preprocess: Preprocess, written: Sequence[Program], run: RunProgram, dtype: str
     ) -> Mapping[str, float]:
         """Run the programs as they will be run, and return how far they part from the model, by what it is called.
 
@@ -330,6 +334,7 @@ class Exportable(Mergeable, Protocol):
 
         Args:
             built: the model.
+            preprocess: of its windows.
             written: its programs.
             run: (program's name, inputs) -> its outputs.
             dtype: of the programs.

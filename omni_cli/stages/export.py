@@ -3,42 +3,28 @@
 Every folder has a model card, and may be pushed to a hub where the licence of the data lets it.
 """
 
-import copy
-import importlib
-import importlib.util
-import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from omni_cli import files
 from omni_cli.errors import OmniError, UsageError
-from omni_cli.models.hub_files import check_family, forget_local_base
-from omni_cli.models.onnx_write import write_onnx
-from omni_cli.recipe import BuiltModel, Exportable, Program, require
+from omni_cli.models.hub_files import forget_local_base
+from omni_cli.recipe import Exportable, require
 from omni_cli.report import Console, counted
-from omni_cli.samples.tiling import TiledPreprocess
-from omni_cli.stages import licences, models, runs
+from omni_cli.stages import licences, models, programs, runs
 from omni_cli.stages.cards import HERE, README, Published, card_text, measured_data, put_card
+from omni_cli.stages.disk import check_room
 from omni_cli.stages.merge import MergeRequest, merge
 from omni_cli.stages.origins import check_right, origin_of
 from omni_cli.stages.push import PushRequest, check_repository, push
 
 ONNX_CARD = models.ONNX_CARD
 ADAPTER = "adapter"  # of a run that has one, where its recipe is exported for the hub's tools
-_ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 _FORMAT = 2  # of an exported folder; 1, of omni 0.5, lacks what vLLM reads and a licence in omni.json
-_LOWEST_OPSET = 18  # torch leaves a program at 18 without a word where less is asked for
-# Largest difference of an output from torch in float32, as a share of the largest output.
-_DTYPES = {"float32": torch.float32, "float16": torch.float16}
-_TOLERANCE = {"float32": 1e-4, "float16": 2e-2}
+_ONNX_FORMAT = 3  # of one of programs; until omni 0.6 those of a vision-language model were its tower alone
 
 
 @dataclass(frozen=True)
@@ -71,7 +57,8 @@ class Job:
     def facts(self) -> dict[str, Any]:
         """Return what the receipt says that the export was made from."""
         asked = _asked(self.form, self.request)
-        return {"run_weights": models.weights_key(self.run), "format": _FORMAT, "asked": asked}
+        made_as = _ONNX_FORMAT if self.form == "onnx" else _FORMAT
+        return {"run_weights": models.weights_key(self.run), "format": made_as, "asked": asked}
 
 
 def export(recipe: Any, run: runs.Run, request: ExportRequest, console: Console) -> dict[str, Any]:
@@ -108,8 +95,6 @@ def _chosen_form(exportable: Exportable, run: runs.Run, request: ExportRequest) 
             raise UsageError(f"--format {ADAPTER}: run {run.name} was tuned in full and has none; use --format hf")
     elif form not in known:
         raise UsageError(f"--format {form}: recipe {run.manifest.recipe} is exported as {' or '.join(known)}")
-    if form != "onnx" and isinstance(preprocess := run.manifest.preprocess, TiledPreprocess):
-        check_family(preprocess.vision.family, f"omni infer --run {run.name}")
     return form
 
 
@@ -236,17 +221,21 @@ def _finished(job: Job, made: Path, parity: Mapping[str, Any]) -> dict[str, Any]
 def _export_onnx(job: Job) -> dict[str, Any]:
     """Write the recipe's programs, each compared with torch on seeded inputs before any is published."""
     recipe, run, request = job.recipe, job.run, job.request
-    runtime, preprocess = _check_onnx(request), run.manifest.preprocess
-    built = _load(recipe, run)
+    runtime, preprocess = programs.ready(request.opset, request.dtype), run.manifest.preprocess
+    built = programs.load(recipe, run, job.console)
     planned = recipe.programs(built, preprocess, request.batches)
+    needed = programs.needed_bytes(planned, request.dtype)
+    check_room(job.folder, needed, what="ONNX programs need", option="--out")
     with models.publish_folder(job.folder, "exporting to") as (made, facts):
+        writer = programs.Writer(made, runtime, request.opset, request.dtype)
         written = []
         with job.console.progress("export", len(planned), "programs") as bar:
             for program in planned:
-                written.append(_write(program, made, request, runtime))
+                written.append(writer.write(program))
                 bar.advance()
-        run_program = partial(_run_named, cache(partial(_session, runtime, made)), _DTYPES[request.dtype])
-        rehearsed = dict(recipe.rehearse(built, planned, run_program, request.dtype))
+        rehearsed = dict(recipe.rehearse(built, preprocess, planned, writer.run, request.dtype))
+        if built.tokenizer is not None:
+            built.tokenizer.save_pretrained(made)
         files.write_json(made / ONNX_CARD, _onnx_card(run, request, written, rehearsed))
         files.write_text(made / README, card_text(recipe, run, Published(job.form)))
         facts |= {**job.facts(), "result": {"format": job.form, "programs": written, "rehearsed": rehearsed}}
@@ -259,106 +248,6 @@ def _say_differences(written: Sequence[dict[str, Any]], rehearsed: Mapping[str, 
     console.say(f"{len(written)} programs, outputs differ from torch by {worst:.1e} at most")
     for what, difference in rehearsed.items():
         console.say(f"{what}: differ by {difference:.1e} of the largest number of a kind at most")
-
-
-def _load(recipe: Exportable, run: runs.Run) -> BuiltModel:
-    """Load the whole model in float32, never a quantised one."""
-    preprocess = run.manifest.preprocess
-    models.check_base(recipe, run)
-    built = recipe.load_to_merge(preprocess, run.final)
-    return BuiltModel(built.model.to(torch.float32), built.tokenizer)
-
-
-def _check_onnx(request: ExportRequest) -> Any:
-    """Return onnxruntime.
-
-    Raises:
-        UsageError: a package is absent, or an option is out of range.
-    """
-    if missing := [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]:
-        raise UsageError(f"--format onnx needs {', '.join(missing)}; install them with: pip install 'omni-cli[onnx]'")
-    if request.dtype not in _TOLERANCE:
-        raise UsageError(f"--dtype {request.dtype}: ONNX programs are {' or '.join(_TOLERANCE)}")
-    runtime = importlib.import_module("onnxruntime")
-    highest = importlib.import_module("onnx").defs.onnx_opset_version()
-    if not _LOWEST_OPSET <= request.opset <= highest:
-        raise UsageError(f"--opset {request.opset}: expected {_LOWEST_OPSET} to {highest}")
-    return runtime
-
-
-def _write(program: Program, folder: Path, request: ExportRequest, runtime: Any) -> dict[str, Any]:
-    """Write and compare one program; return its facts."""
-    dtype, path = _DTYPES[request.dtype], folder / f"{program.name}.onnx"
-    with torch.no_grad():
-        expected = [output.numpy() for output in program.module(*program.inputs.values())]
-    inputs = {name: as_type(tensor, dtype) for name, tensor in program.inputs.items()}
-    module = copy.deepcopy(program.module).to(dtype)  # another program may hold the same weights
-    write_onnx(
-        module,
-        inputs,
-        program.output_names,
-        path,
-        opset=request.opset,
-        dynamic_batch=program.batch is None,
-        metadata=program.metadata,
-    )
-    said = _run_named(partial(_session, runtime, folder), dtype, program.name, program.inputs)
-    found = [output.numpy() for output in said]
-    return {
-        "file": path.name,
-        "windows": "any" if program.batch is None else program.batch,
-        "inputs": {name: list(tensor.shape) for name, tensor in inputs.items()},
-        "outputs": {name: list(array.shape) for name, array in zip(program.output_names, found, strict=True)},
-        **compare_outputs(found, expected, _TOLERANCE[request.dtype]),
-    }
-
-
-def as_type(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a tensor in a program's type; whole numbers stay what they are."""
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-def _session(runtime: Any, folder: Path, name: str) -> Any:
-    return runtime.InferenceSession(str(folder / f"{name}.onnx"), providers=["CPUExecutionProvider"])
-
-
-def _run_named(
-    open_session: Callable[[str], Any], dtype: torch.dtype, name: str, inputs: Mapping[str, Tensor]
-) -> list[Tensor]:
-    """Return what a program says, in float32 as the model does."""
-    said = open_session(name).run(None, {key: as_type(tensor, dtype).numpy() for key, tensor in inputs.items()})
-    return [torch.from_numpy(array).float() for array in said]
-
-
-def compare_outputs(found: Sequence[np.ndarray], expected: Sequence[np.ndarray], tolerance: float) -> dict[str, float]:
-    """Return the difference of the output that comes nearest to what is allowed for it, and that.
-
-    Args:
-        found: outputs of the program.
-        expected: outputs of torch in float32.
-        tolerance: as a share of each output's largest value.
-
-    Raises:
-        OmniError: shapes differ, or the difference is larger than allowed; nothing is published.
-    """
-    if [array.shape for array in found] != [array.shape for array in expected]:
-        raise OmniError("the ONNX program's outputs have other shapes than torch's; nothing is published")
-    differences = [
-        float(np.abs(one.astype(np.float32) - other).max()) for one, other in zip(found, expected, strict=True)
-    ]
-    allowed = [tolerance * float(np.abs(array).max()) for array in expected]
-    worst = max(range(len(allowed)), key=lambda index: _share(differences[index], allowed[index]))
-    if not differences[worst] <= allowed[worst]:
-        raise OmniError(
-            f"output {worst} of the ONNX program differs from torch's by {differences[worst]:.1e}, "
-            f"{allowed[worst]:.1e} allowed; nothing is published: try --dtype float32 or another --opset"
-        )
-    return {"max_difference": differences[worst], "allowed_difference": allowed[worst]}
-
-
-def _share(difference: float, allowed: float) -> float:
-    """Return a difference as a share of what is allowed; one that is not a number is the largest."""
-    return difference / allowed if allowed and not math.isnan(difference) else math.inf
 
 
 def _onnx_card(

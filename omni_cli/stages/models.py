@@ -19,6 +19,7 @@ from pydantic import Field
 from omni_cli import files
 from omni_cli.config import Layer, Settings, read_document, resolve
 from omni_cli.errors import DataError, OmniError, UsageError
+from omni_cli.models.families import RANDOM_PREFIX, is_random
 from omni_cli.models.host_memory import keep_freed_blocks
 from omni_cli.recipe import Trainable
 from omni_cli.samples.preprocess import Preprocess
@@ -32,6 +33,7 @@ ONNX_CARD = "programs.json"  # of a folder of exported programs
 HERE = "."  # in the card's settings: the model is the folder that the card lies in
 _WHAT_IT_IS = {
     runs.RUN_FILE: "a run; ask it with --run {0}",
+    ONNX_CARD: "a folder of ONNX programs: its README.md shows how to ask them; ask their run with --run",
     "adapter_config.json": "an adapter without its base; make a model of its run with: omni merge",
     "config.json": "a model that omni did not make; ask it zero-shot with --set model={0}",
 }
@@ -173,6 +175,19 @@ def check_base(recipe: Trainable, run: runs.Run) -> None:
         raise DataError(
             f"adapter does not match its base: run {run.name} was trained on {expected}, the base is now {found}; "
             "bring the old base back, or train again"
+        )
+
+
+def check_usable(model: str) -> None:
+    """Refuse a model that can only be measured.
+
+    Raises:
+        UsageError: its weights are random.
+    """
+    if is_random(model):
+        raise UsageError(
+            f"model {model}: its weights are random, nothing made with it is of use; it is for omni bench and omni "
+            f"train --dry-run; else take {model.removeprefix(RANDOM_PREFIX)}"
         )
 
 

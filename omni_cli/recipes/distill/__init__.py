@@ -287,7 +287,14 @@ class Distill(Settings):
         """Return the vision net and the policy in the real models' place; of several batch sizes, any."""
         return exporting.programs(exporting.whole(built.model), batches, self.model)
 
-    def rehearse(self, built: BuiltModel, written: Sequence[Program], run: RunProgram, dtype: str) -> dict[str, float]:
+    def rehearse(
+        self,
+        built: BuiltModel,
+        preprocess: ModelFramePreprocess,
+        written: Sequence[Program],
+        run: RunProgram,
+        dtype: str,
+    ) -> dict[str, float]:
         """Drive fifty steps with the programs and with the student.
 
         Raises:

@@ -8,16 +8,16 @@ from statistics import mean
 from typing import Any, ClassVar, Literal, Self
 
 import pyarrow as pa
-import torch
 from pydantic import field_validator
 from torch import Tensor, nn
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from omni_cli.config import Settings
-from omni_cli.models import adapters, base_files, families, losses, packing, qwen_vl, shard_merge, tiny, wiring
+from omni_cli.models import adapters, base_files, families, losses, packing, qwen_vl, shard_merge, wiring
 from omni_cli.models.batched_vision import batch_vision
 from omni_cli.models.drawing import SeededNoise
+from omni_cli.models.drawn import draw
 from omni_cli.recipe import (
     About,
     Batch,
@@ -37,11 +37,11 @@ from omni_cli.recipe import (
     TrainerKind,
 )
 from omni_cli.recipe.by_file import FileMerge
-from omni_cli.recipes.vlm import generating, outlines, packed, tuning
+from omni_cli.recipes.vlm import decoding, generating, outlines, packed, tuning
 from omni_cli.recipes.vlm.about import about_vlm
 from omni_cli.recipes.vlm.answers import CONSTANT, Answers
 from omni_cli.recipes.vlm.asking import questions
-from omni_cli.recipes.vlm.exporting import PROBE_SEED, noise, tower_program, write_served_files
+from omni_cli.recipes.vlm.exporting import probe_rows, write_served_files
 from omni_cli.recipes.vlm.labels import LABELS
 from omni_cli.recipes.vlm.rows import encode_windows, make_tokenizer, prompt_row, sidecar_key, video_token
 from omni_cli.recipes.vlm.sampling import camera_names, tiled_preprocess
@@ -55,8 +55,6 @@ from omni_cli.scene.clock import Float64Array, Int64Array
 from omni_cli.scene.recording import Recording
 from omni_cli.scores.strata import Strata
 
-_PROBE_SPEEDS_MPS = (3.0, 21.5)
-
 
 class Vlm(Settings):
     """The `vlm` recipe: a Qwen-VL model, adapted or tuned in full, reads its own motion from several cameras."""
@@ -65,7 +63,7 @@ class Vlm(Settings):
     export_formats: ClassVar[tuple[str, ...]] = ("hf", "onnx")
     instead_of_videos: ClassVar[str] = ""
 
-    model: str = "Qwen/Qwen2.5-VL-7B-Instruct"  # hub id, folder, or tiny:FAMILY
+    model: str = "Qwen/Qwen2.5-VL-7B-Instruct"  # hub id, folder, tiny:FAMILY, or to be measured random:HUB_ID
     quantization: Literal["none", "nf4"] = "none"
     precision: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     sample: VlmSample = VlmSample()
@@ -74,7 +72,7 @@ class Vlm(Settings):
     train: VlmTrain = VlmTrain()
 
     _tune = field_validator("tune")(tuning.can_be_tuned)
-    _train = field_validator("train")(tuning.rates_are_used)
+    _train = field_validator("train")(tuning.can_be_trained)
 
     # -- Sampled
 
@@ -121,24 +119,23 @@ class Vlm(Settings):
         tokenizer = self.tokenizer(preprocess)
         # transformers 5.23 loads a full Qwen2.5-VL checkpoint with strict=False and matches no key: build from it.
         full_resume = checkpoint is not None and self.tune.mode == "full"
-        model = self.load_base(preprocess, source=str(checkpoint) if full_resume else None)
+        model = tuning.as_held(self).load_base(preprocess, source=str(checkpoint) if full_resume else None)
         return tuning.built(tuning.tuned(model, self.tune), tokenizer, self.train)
 
     def size(self, preprocess: TiledPreprocess) -> ModelSize:
         """Return how large the model would be, without making one."""
         model = outlines.empty_base(self.model, preprocess)
         total = adapters.weight_count(model)
-        weight_bytes = qwen_vl.weight_bytes(model, qwen_vl.DTYPES[self.precision], self.quantization)
-        return ModelSize(total, adapters.trainable_count(tuning.tuned(model, self.tune)), weight_bytes)
+        weight_bytes = qwen_vl.weight_bytes(model, tuning.held_type(self), self.quantization)
+        learning = adapters.trainable_count(tuning.tuned(model, self.tune))
+        return ModelSize(total, learning, weight_bytes, tuning.planned_notes(self.train))
 
     def load_base(self, preprocess: TiledPreprocess, source: str | None = None) -> Any:
         """Return the base model, or the same architecture with the weights of `source`."""
-        dtype = qwen_vl.DTYPES[self.precision]
-        if source is None and families.is_tiny(self.model):
-            family = families.family_of(self.model).name
-            drawn = tiny.tiny_model(family, self.tokenizer(preprocess), self.train.seed)
-            return _ready(qwen_vl.as_loaded(drawn, self.precision, self.quantization))
-        return _ready(qwen_vl.load_model(source or self.model, dtype, self.quantization))
+        if source is None and families.is_drawn(self.model):
+            how = self.train.seed, self.precision, self.quantization
+            return _ready(draw(self.model, self.tokenizer(preprocess), *how))
+        return _ready(qwen_vl.load_model(source or self.model, qwen_vl.DTYPES[self.precision], self.quantization))
 
     def collate(self, rows: Sequence[Row], preprocess: TiledPreprocess) -> Batch:
         """Lay rows one after the other; pictures stay uint8 (n, frames, cameras, height, width, 3)."""
@@ -166,11 +163,11 @@ class Vlm(Settings):
     def trainer(self) -> TrainerKind:
         """Return TRL's SFTTrainer, told that rows are ready and nothing may be cut."""
         ready = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None, "packing": False}
-        return TrainerKind(SFTTrainer, SFTConfig, ready)
+        return TrainerKind(SFTTrainer, SFTConfig, ready, tuning.cut(self.precision))
 
     def save(self, built: BuiltModel, folder: Path) -> None:
         """Write the adapter's folder, or the whole model's, with the tokenizer."""
-        qwen_vl.save_model(built.model, built.tokenizer, folder)
+        qwen_vl.save_model(built.model, built.tokenizer, folder, tuning.written_type(self))
 
     def load(self, preprocess: TiledPreprocess, folder: Path) -> BuiltModel:
         """Load trained weights: the whole model, or the base with its adapter."""
@@ -184,8 +181,8 @@ class Vlm(Settings):
         return self._answers.medians(rows)
 
     def base_fingerprint(self) -> str:
-        """Return a hash of a local base's weights, a hub model's name, or a tiny model's seed."""
-        if families.is_tiny(self.model):
+        """Return a hash of a local base's weights, a hub model's name, or the seed of one that is drawn."""
+        if families.is_drawn(self.model):
             return f"{self.model} seed {self.train.seed}"
         return qwen_vl.weights_fingerprint(self.model)
 
@@ -218,6 +215,10 @@ class Vlm(Settings):
     def predict(self, built: BuiltModel, rows: Sequence[Row], preprocess: TiledPreprocess) -> list[Prediction]:
         """Answer each window greedily from its pictures and prompt."""
         return generating.answers(built, rows, preprocess, self._features)
+
+    def held_to_format(self, built: BuiltModel, preprocess: TiledPreprocess) -> BuiltModel:
+        """Return the model so that each of its answers can be read."""
+        return generating.held_to_format(built, preprocess)
 
     def strata(self, rows: Sequence[Row]) -> tuple[Strata, ...]:
         """Return windows by manoeuvre and by speed."""
@@ -282,9 +283,7 @@ class Vlm(Settings):
     def load_base_to_ask(self, preprocess: TiledPreprocess) -> tuple[BuiltModel, str]:
         """Return the base model as it is, and what that means for its answers."""
         built = BuiltModel(self.load_base(preprocess).eval(), self.tokenizer(preprocess))
-        if families.is_tiny(self.model):
-            return built, f"{self.model}, untrained: weights drawn from a seed, its answers are noise"
-        return built, f"{self.model}, zero-shot: it never saw the answer's format"
+        return built, generating.untrained(self.model)
 
     def place(self, built: BuiltModel, device: str, dtype: str | None) -> BuiltModel:
         """Move the model to a device, its weights to another type where one is named."""
@@ -314,10 +313,7 @@ class Vlm(Settings):
 
     def probe_rows(self, built: BuiltModel, preprocess: TiledPreprocess) -> list[Row]:
         """Return two windows of noise, with an answer at every position of which a model is probed."""
-        generator = torch.Generator().manual_seed(PROBE_SEED)
-        windows = [noise(preprocess.window_shape, generator) for _ in _PROBE_SPEEDS_MPS]
-        pairs = zip(windows, _PROBE_SPEEDS_MPS, strict=True)
-        return [self.prompt_row(pictures, preprocess, built.tokenizer, speed_mps) for pictures, speed_mps in pairs]
+        return probe_rows(self, built, preprocess)
 
     def choices(self, outputs: Tensor) -> Tensor:
         """Return the most likely token at each position."""
@@ -335,12 +331,14 @@ class Vlm(Settings):
     # -- Exportable
 
     def programs(self, built: BuiltModel, preprocess: TiledPreprocess, batches: Sequence[int]) -> list[Program]:
-        """Return the vision tower, once for each number of windows: the grid is fixed inside it."""
-        return [tower_program(built.model, preprocess, batch) for batch in batches]
+        """Return the tower, for each number of windows where the grid is fixed inside it, and the language model."""
+        return decoding.programs(self, built, preprocess, batches)
 
-    def rehearse(self, built: BuiltModel, written: Sequence[Program], run: RunProgram, dtype: str) -> dict[str, float]:
-        """Nothing: the tower has no state."""
-        return {}
+    def rehearse(
+        self, built: BuiltModel, preprocess: TiledPreprocess, written: Sequence[Program], run: RunProgram, dtype: str
+    ) -> dict[str, float]:
+        """Answer with the programs, and compare all that they say with what the model says."""
+        return decoding.rehearse(self, built, preprocess, written, run, dtype=dtype)
 
     def write_processor_files(self, folder: Path, preprocess: TiledPreprocess) -> None:
         """Write what other tools read beside the weights."""
@@ -373,8 +371,8 @@ class Vlm(Settings):
 
     # -- Comparable
 
-    def stock(self, built: BuiltModel, preprocess: TiledPreprocess) -> StockTraining | None:
-        """Return TRL's own training of what was built; None of a backbone that reads frames."""
+    def stock(self, built: BuiltModel, preprocess: TiledPreprocess) -> StockTraining:
+        """Return TRL's own training of what was built."""
         kind = self.model, self.precision, self.quantization
         return stock_training(built, preprocess, kind, self.tune)
 

@@ -4,6 +4,7 @@ import json
 
 from omni_cli.models import families
 from omni_cli.recipe import About, Loading
+from omni_cli.recipes.vlm.onnx_example import by_onnxruntime
 from omni_cli.samples import prompts
 from omni_cli.samples.answer_formats import FORMATS
 from omni_cli.samples.tiling import TiledPreprocess
@@ -99,8 +100,10 @@ def _told(model: str, base: str, revision: str | None) -> str:
 
 def _loading(preprocess: TiledPreprocess, base: tuple[str, str | None], form: str, source: str) -> tuple[Loading, ...]:
     ours = Loading("omni", "bash", _with_omni(preprocess, source))
-    if preprocess.vision.reads == "frames" or form in ("merged", "onnx"):  # others lack what they read beside weights
-        return () if form in ("adapter", "onnx") else (ours,)
+    if form == "onnx":
+        return (Loading("ONNX Runtime", "python", by_onnxruntime(preprocess, source)),)
+    if form == "merged":  # others lack what they read beside weights
+        return (ours,)
     theirs = Loading("transformers", "python", _with_transformers(preprocess, base, form, source))
     if form == "adapter":
         return (theirs,)

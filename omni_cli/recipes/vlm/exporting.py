@@ -1,5 +1,6 @@
 """The vision tower as ONNX holds it, what other tools read beside the weights, and the noise that models are asked."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,25 +9,49 @@ from torch import Tensor
 
 from omni_cli import files
 from omni_cli.models import families, hub_files, qwen_vl, vision_tower
-from omni_cli.recipe import Program
+from omni_cli.recipe import BuiltModel, Program, Row
 from omni_cli.recipes.vlm.about import VLLM_TEMPLATE
 from omni_cli.samples import prompts
 from omni_cli.samples.answer_formats import FORMATS
 from omni_cli.samples.tiling import TiledPreprocess
 
-PROBE_SEED = 20_260
+_PROBE_SEED = 20_260
+_PROBE_SPEEDS_MPS = (3.0, 21.5)
+
+
+def tower_programs(model: Any, preprocess: TiledPreprocess, batches: Sequence[int]) -> list[Program]:
+    """Return the vision tower, once for each number of windows; one that reads frames, of several, for any number."""
+    if preprocess.vision.reads == "patches":
+        return [tower_program(model, preprocess, batch) for batch in batches]
+    batch = batches[0] if len(batches) == 1 else None
+    tower, pixels = vision_tower.FrameTower(model), _looked_at(preprocess, batch or 2)
+    free_axes = tower.free_axes() if batch is None else {}
+    inputs = {vision_tower.INPUT_NAME: pixels}
+    return [Program("vision", tower, inputs, tower.output_names(), batch, free_axes=free_axes)]
 
 
 def tower_program(model: Any, preprocess: TiledPreprocess, batch: int) -> Program:
     """Return the vision tower of a model for a fixed number of windows: the grid is fixed inside it."""
-    windows = noise((batch, *preprocess.window_shape), torch.Generator().manual_seed(PROBE_SEED))
-    pixels = preprocess.pixel_values(windows)
+    pixels = _looked_at(preprocess, batch)
     tower = vision_tower.VisionTower(model, preprocess.grid, batch, pixels)
     inputs = {vision_tower.INPUT_NAME: pixels}
     return Program(f"vision-b{batch}", tower, inputs, tower.output_names(), batch)
 
 
-def noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def _looked_at(preprocess: TiledPreprocess, windows: int) -> Tensor:
+    generator = torch.Generator().manual_seed(_PROBE_SEED)
+    return preprocess.pixel_values(_noise((windows, *preprocess.window_shape), generator))
+
+
+def probe_rows(recipe: Any, built: BuiltModel, preprocess: TiledPreprocess) -> list[Row]:
+    """Return two windows of noise, as the recipe asks about windows that no shard holds."""
+    generator = torch.Generator().manual_seed(_PROBE_SEED)
+    windows = [_noise(preprocess.window_shape, generator) for _ in _PROBE_SPEEDS_MPS]
+    pairs = zip(windows, _PROBE_SPEEDS_MPS, strict=True)
+    return [recipe.prompt_row(pictures, preprocess, built.tokenizer, speed_mps) for pictures, speed_mps in pairs]
+
+
+def _noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Return uint8 pictures of noise."""
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
@@ -41,7 +66,8 @@ def write_served_files(folder: Path, preprocess: TiledPreprocess) -> None:
     canvas_px = (preprocess.canvas_width_px, preprocess.canvas_height_px)
     family = families.FAMILIES[preprocess.vision.family]
     hub_files.write_processor_config(folder, family, canvas_px=canvas_px, num_frames=preprocess.num_frames)
-    tokenizer, template = qwen_vl.load_tokenizer(str(folder)), prompts.chat_template(preprocess)
+    template, named = prompts.chat_template(preprocess), hub_files.named_tokens(family.name)
+    tokenizer = qwen_vl.load_tokenizer(str(folder), named)
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     end = tokenizer.convert_tokens_to_ids(prompts.ANSWER_END)

@@ -23,7 +23,7 @@ from omni_cli.recipe import Exportable, Program, Taught, require
 from omni_cli.stages import models, runs
 from omni_cli.stages.bench.inputs import Inputs
 from omni_cli.stages.bench.timing import Line, Part, measure, summed
-from omni_cli.stages.export import as_type
+from omni_cli.stages.programs import as_type
 
 HOST, DEVICE = "host to host", "device only"
 TORCH, ONNX = "torch", "ONNX"
@@ -117,11 +117,15 @@ def _of_run(inputs: Inputs, run: runs.Run, folder: Path, card: Mapping[str, Any]
     trained = run.recipe_settings(type(inputs.recipe))
     recipe: Exportable = require(trained, Exportable)  # type: ignore[type-abstract]  # a protocol names it
     built, dtype = recipe.load_to_merge(inputs.preprocess, run.final), _DTYPES[card["dtype"]]
-    listed = {one["windows"] for one in card["programs"]}
+    if recipe.tune.mode != "full":
+        built = recipe.merge(built)  # as it was for the export
+    written = {Path(one["file"]).stem: one["windows"] for one in card["programs"]}
+    sizes = sorted(size for size in written.values() if size != "any") or SIZES
     planned = [
         (size, program)
-        for size in (SIZES if "any" in listed else sorted(listed))
+        for size in dict.fromkeys(sizes)
         for program in recipe.programs(built, inputs.preprocess, [size])
+        if program.name in written  # until omni 0.6 the tower alone
     ]
     given = [{name: as_type(tensor, dtype).numpy() for name, tensor in one.inputs.items()} for _, one in planned]
     for device in dict.fromkeys((models.best_device(), "cpu")):

@@ -144,5 +144,7 @@ def _give_language(recipe: Any, run: runs.Run, request: DemoRequest, story: Stor
 def _use(recipe: Any, run: runs.Run, data: Path, request: DemoRequest, story: Story) -> dict[str, Any]:
     with story.tell("merge", "the adapter folded into its base, published only if the logits are the same"):
         merged = merge(recipe, run, MergeRequest(), story.console)
-    exported = export_model(recipe, run, "the vision tower as ONNX, compared with torch before it is published", story)
+    exported = export_model(
+        recipe, run, "tower and decoder as ONNX, compared with torch before they are published", story
+    )
     return {"merged": merged, "exported": exported} | ask_and_time(recipe, run, data, request, story)
