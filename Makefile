@@ -38,10 +38,8 @@ marathon: $(STAMP)  ## what takes long: how well the recipes learn for three see
 test-gpu: $(STAMP)  ## the tests that need a GPU; they fail, and do not skip, where torch sees none
 	$(BIN)/python -m pytest -m gpu
 
-bench-gpu: $(STAMP)  ## measure everything on this GPU into bench-gpu.json; BENCH="--profile NAME" chooses another profile
-	$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "bench-gpu: torch sees no GPU")'
-	$(BIN)/omni bench $(BENCH) --json > bench-gpu.json.part
-	mv bench-gpu.json.part bench-gpu.json
+bench-gpu: $(STAMP)  ## train 7 billion random weights on this GPU, beside stock TRL, into bench-gpu.json and a table
+	$(BIN)/omni bench gpu $(BENCH)
 
 demo: $(STAMP)  ## from nothing to a measured model in the folder demo/, explained
 	$(BIN)/omni demo --dir demo

@@ -1,6 +1,7 @@
 """`omni bench train`: our steps beside stock TRL's on the same rows, and how many operations a step needs."""
 
 import threading
+from itertools import product
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from omni_cli.stages.bench.turns import Turns
 from omni_cli.stages.etl import EtlRequest, etl
 from tests.support.pipeline import QUIET, tiny_recipe, write_synthetic
 
-FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl")
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +31,10 @@ def data(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("mode", ["lora", "full"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "mode"),
+    [*product(("qwen2_5_vl", "qwen3_vl"), ("lora", "full")), ("llava_onevision", "lora"), ("internvl", "full")],
+)
 def test_stock_trl_learns_the_same_from_the_same_rows(data, tmp_path, family, mode, capsys):
     """Six steps at accumulation 1 in float32; full tuning divides tiny gradients by their own size (Adam)."""
     recipe = tiny_recipe(family, cameras="1-cam", mode=mode)
@@ -49,10 +52,18 @@ def test_stock_trl_learns_the_same_from_the_same_rows(data, tmp_path, family, mo
     assert part["peak"].startswith("measured in this run") or torch.cuda.is_available()
 
 
+def test_ours_is_measured_alone_where_memory_has_no_room_for_both(data, tmp_path):
+    recipe = tiny_recipe(cameras="1-cam", mode="lora")
+    request = BenchRequest("train", data / "qwen2_5_vl", tmp_path, "test", repeats=1, is_beside_stock=False)
+    part = bench(recipe, request, QUIET)["parts"]["train"]
+    assert not [name for name in (*part["lines"], *part["ratios"]) if "stock" in name]
+    assert part["ratios"]["MFU"] > 0
+
+
 @pytest.mark.parametrize("mode", ["lora", "full"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_operations_of_a_step_are_what_pytorch_counts(family, mode):
-    """PyTorch counts causal attention whole; the head is run where any row is scored; the rest agrees within 2 %."""
+    """PyTorch counts causal attention whole; the head is run where any row is scored; all else agrees."""
     recipe = tiny_recipe(family, cameras="1-cam", mode=mode)
     preprocess = recipe.preprocess()
     set_seed(0)
@@ -67,7 +78,7 @@ def test_the_operations_of_a_step_are_what_pytorch_counts(family, mode):
     lengths = [len(row["input_ids"]) for row in rows]
     scored = int((rows[0]["labels"] != -100).sum())
     ours = flops.step_flops(built.model, lengths, scored, preprocess.grid)
-    assert counter.get_total_flops() == pytest.approx(ours.total + ours.attention, rel=0.02)
+    assert counter.get_total_flops() == pytest.approx(ours.total + ours.attention)
     assert recipe.step_flops(built, rows, preprocess) == ours.total
 
 

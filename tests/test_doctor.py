@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from omni_cli.__main__ import run
 from omni_cli.commands._compose import compose_every_recipe
@@ -46,6 +47,15 @@ def test_the_token_is_found_but_never_told(tmp_path, monkeypatch, capsys):
     captured = capsys.readouterr()
     assert '"found": "set", "name": "hub token"' in captured.out
     assert TOKEN not in captured.out + captured.err
+
+
+@pytest.mark.parametrize(("backend", "state"), [(SDPBackend.FLASH_ATTENTION, "ok"), (SDPBackend.MATH, "note")])
+def test_attention_without_a_fused_kernel_is_told_of(backend, state):
+    """torch takes the slow one without a word where the others are switched off, as AOTriton is on some AMD GPUs."""
+    with sdpa_kernel(backend):
+        (check,) = checks._attention()
+    assert (check.state, f"language model {backend.name}" in check.found) == (state, True)
+    assert ("TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL=1" in check.remedy) == (state == "note")
 
 
 def test_an_old_package_is_broken_with_the_command_that_mends_it(monkeypatch):

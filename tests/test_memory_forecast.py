@@ -62,13 +62,16 @@ def test_what_larger_steps_take_is_foreseen_within_a_fifth(family, mode, is_chec
 
 
 @pytest.mark.marathon
-def test_what_a_window_of_64_frames_takes_is_foreseen_within_a_fifth():
-    assert_foreseen(large(window=64, canvas_px=504, batch_size=1, gradient_checkpointing=True), 200)
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_what_a_window_of_64_frames_takes_is_foreseen_within_a_fifth(family):
+    """Measured: 463 MiB where 459 were foreseen, of Qwen3-VL's kind 368 where 364 were."""
+    assert_foreseen(large(family, window=64, canvas_px=504, batch_size=1, gradient_checkpointing=True), 200)
 
 
 @pytest.mark.marathon
 def test_what_65536_packed_tokens_take_is_foreseen_within_a_fifth():
-    recipe = large(window=64, canvas_px=560, batch_size=9, mode="lora", gradient_checkpointing=True)
+    """Measured: 3206 MiB where 3167 were foreseen, in two and a half minutes of one core."""
+    recipe = large(window=64, canvas_px=560, batch_size=10, mode="lora", gradient_checkpointing=True)
     assert foreseen(recipe).tokens >= 65_536
     assert_foreseen(recipe, 1000)
 

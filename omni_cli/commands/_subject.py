@@ -60,8 +60,28 @@ def bench_subject(
         return recipe, opened.manifest.profile, opened
     chosen = choose_profile(asked["--profile"], console, dry_run=False)
     name = asked["--recipe"] or _newest_recipe(runs)
-    recipe = compose_recipe(name, chosen, config=asked["--config"], sets=asked["--set"]).value
-    return recipe, chosen.name, None
+    resolved = compose_recipe(name, chosen, config=asked["--config"], sets=asked["--set"], is_to_measure=True)
+    return resolved.value, chosen.name, None
+
+
+def rows_request(asked: Mapping[str, Any], out: Path, minutes: float, console: Console) -> Any:
+    """Return what is asked of `omni bench gpu`, whose rows say themselves what is measured.
+
+    Args:
+        asked: values of the options that say it elsewhere; None means not given.
+        out: where rows go.
+        minutes: how long they take at most.
+        console: says which profile was chosen.
+
+    Raises:
+        UsageError: something is asked for beside a profile and single settings.
+    """
+    from omni_cli.stages.bench import RowsRequest
+
+    if given := [option for option, value in asked.items() if value and option not in ("--profile", "--set")]:
+        raise UsageError(f"omni bench gpu measures rows of its own; leave out {', '.join(given)}")
+    profile = choose_profile(asked["--profile"], console, dry_run=False).name
+    return RowsRequest(profile, out, minutes, tuple(asked["--set"] or ()))
 
 
 def _newest_recipe(runs: Path) -> str:

@@ -13,7 +13,8 @@ EXAMPLE = "omni bench train --profile cpu-tiny"
 def command(
     *,
     part: Annotated[
-        str | None, typer.Argument(metavar="[PART]", help="etl, loader, train, infer or export. [default: all]")
+        str | None,
+        typer.Argument(metavar="[PART]", help="etl, loader, train, infer or export, all by default; or gpu."),
     ] = None,
     profile: ProfileName = None,
     config: ConfigFile = None,
@@ -32,6 +33,9 @@ def command(
             help="Time these ONNX files, A.onnx,B.onnx, beside the export. [default: those of the settings]",
         ),
     ] = None,
+    alone: Annotated[bool, typer.Option("--alone", help="Measure train without stock TRL beside it.")] = False,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="gpu: where its rows go.")] = Path("bench-gpu.json"),
+    minutes: Annotated[float, typer.Option(min=0, help="gpu: how long it takes at most.")] = 9.0,
     data: Data = DATA,
     runs: Runs = RUNS,
     json: Json = False,
@@ -45,14 +49,20 @@ def command(
     `train` takes its steps in turn with stock TRL, on the same rows from the same weights.
     `export` is latency: the run in torch, its ONNX programs on every provider that ONNX Runtime has here, and its
     teacher's; by batch size, host to host and device only.
+    `gpu` measures whole trainings of 7 and 8 billion random weights, each in a process of its own, and prints a table;
+    it needs no data, no weights and no network.
     """
-    from omni_cli.commands._subject import bench_subject
+    from omni_cli.commands._subject import bench_subject, rows_request
     from omni_cli.config import comma_list
     from omni_cli.report import Console
-    from omni_cli.stages.bench import FULL_HD, BenchRequest, bench
+    from omni_cli.stages.bench import FULL_HD, BenchRequest, bench, bench_gpu
 
     console = Console(quiet=quiet, json_output=json)
-    files = tuple(Path(name).expanduser() for name in comma_list(teacher or ""))
     asked = {"--profile": profile, "--recipe": recipe, "--config": config, "--set": sets}
+    if part == "gpu":
+        rows = rows_request({**asked, "--run": run, "--teacher": teacher}, out, minutes, console)
+        return console.finish(bench_gpu(rows, console))
+    files = tuple(Path(name).expanduser() for name in comma_list(teacher or ""))
     settings, name, opened = bench_subject(run, runs, asked, console)
-    console.finish(bench(settings, BenchRequest(part, data, runs, name, repeats, files, opened, FULL_HD), console))
+    where = (part, data, runs, name, repeats, files, opened, FULL_HD)
+    return console.finish(bench(settings, BenchRequest(*where, is_beside_stock=not alone), console))

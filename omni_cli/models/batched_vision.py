@@ -5,7 +5,7 @@ patches with a convolution whose kernel is the whole input. Both are the same su
 product. Weights keep their names, so checkpoints are the library's.
 """
 
-from itertools import accumulate
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -73,18 +73,27 @@ def attend_by_length(
     Returns:
         (1, tokens, heads, width), and no weights.
     """
-    lengths = (cu_seq_lens_q[1:] - cu_seq_lens_q[:-1]).tolist()
+    lengths = tuple(cu_seq_lens_q.diff().tolist())
     distinct = sorted(set(lengths))
     inputs = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # (tokens, heads, width)
     if len(distinct) == 1:
         return _attend(inputs, distinct[0], scaling, dropout)[None], None
-    starts = [0, *accumulate(lengths)]
-    places, outputs = [], []
-    for length in distinct:
-        rows = [torch.arange(start, start + length) for start, n in zip(starts, lengths, strict=False) if n == length]
-        places.append(torch.cat(rows).to(query.device))
-        outputs.append(_attend([tensor[places[-1]] for tensor in inputs], length, scaling, dropout))
-    return torch.cat(outputs)[torch.cat(places).argsort()][None], None
+    order, back = _by_length(lengths, query.device)
+    sizes = [length * lengths.count(length) for length in distinct]
+    alike = zip(*(torch.split(tensor[order], sizes) for tensor in inputs), strict=True)
+    outputs = [_attend(list(some), length, scaling, dropout) for length, some in zip(distinct, alike, strict=True)]
+    return torch.cat(outputs)[back][None], None
+
+
+@lru_cache(maxsize=4)
+def _by_length(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return what puts the tokens of equally long sequences beside each other, shortest first, and what undoes it.
+
+    Kept, since each layer of each step asks for the same: a GPU waits meanwhile.
+    """
+    each = torch.tensor(lengths)
+    order = each.repeat_interleave(each).argsort(stable=True).to(device)
+    return order, order.argsort()
 
 
 def _attend(inputs: list[Tensor], length: int, scaling: float, dropout: float) -> Tensor:

@@ -15,6 +15,7 @@ from omni_cli.errors import UsageError
 from omni_cli.models.model_folders import check_config, reading
 
 TINY_PREFIX = "tiny:"
+RANDOM_PREFIX = "random:"
 
 
 @dataclass(frozen=True)
@@ -105,22 +106,33 @@ _PUBLISHED: dict[str, tuple[Callable[..., PreTrainedConfig], dict[str, Any]]] = 
 
 
 def is_tiny(model: str) -> bool:
-    """Say whether a model is built here from a seed."""
+    """Say whether a model is a small one that is built here from a seed."""
     return model.startswith(TINY_PREFIX)
+
+
+def is_random(model: str) -> bool:
+    """Say whether a model has the architecture of another and weights that are drawn here: to be measured, not used."""
+    return model.startswith(RANDOM_PREFIX)
+
+
+def is_drawn(model: str) -> bool:
+    """Say whether a model's weights are drawn here from a seed, and its tokenizer is made here."""
+    return is_tiny(model) or is_random(model)
 
 
 def is_path(model: str) -> bool:
     """Say whether a model's name can only mean a folder; a hub id has one slash, and no dot or tilde before it."""
+    model = model.removeprefix(RANDOM_PREFIX)
     return model.startswith((".", "/", "~")) or model.count("/") > 1 or model.endswith("/")
 
 
 def is_local(model: str) -> bool:
     """Say whether a model is built here or lies here: its name means nothing elsewhere."""
-    return is_tiny(model) or is_path(model) or Path(model).is_dir()
+    return is_drawn(model) or is_path(model) or Path(model).is_dir()
 
 
 def family_of(model: str) -> VisionFamily:
-    """Return the family of a `tiny:FAMILY`, a published id, a local folder, or any other hub id.
+    """Return the family of a `tiny:FAMILY`, a published id, a local folder, any other hub id, or `random:` of these.
 
     Raises:
         UsageError: omni cannot preprocess pictures for that family.
@@ -157,13 +169,14 @@ def _pair(size: int | Sequence[int]) -> Sequence[int]:
 
 
 def model_config(model: str) -> PreTrainedConfig:
-    """Return the configuration of a published id, a local folder or another hub id.
+    """Return the configuration of a published id, a local folder, another hub id, or `random:` of these.
 
     Raises:
         UsageError: there is no such folder, or it holds an adapter or a run.
         DataError: its configuration is damaged.
         OmniError: it is not here and the hub cannot be reached.
     """
+    model = model.removeprefix(RANDOM_PREFIX)
     if is_path(model) and not Path(model).is_dir():
         known = f"a hub id such as {next(iter(_PUBLISHED))}, or {TINY_PREFIX}{next(iter(FAMILIES))}"
         raise UsageError(f"model {model}: no such folder; give a folder of weights, {known}")

@@ -2,7 +2,7 @@
 
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +22,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from omni_cli import files
 from omni_cli.errors import DataError, OmniError, UsageError
-from omni_cli.models import packing, parts, quantised, wiring
+from omni_cli.models import packing, parts, quantised, sharded, wiring
 from omni_cli.models.families import family_of, hub_arguments, is_path, model_config, split_revision
 from omni_cli.models.model_folders import CONFIG, check_config, check_weights, read_config, reading
 
@@ -114,8 +114,12 @@ def weight_bytes(model: nn.Module, dtype: torch.dtype, quantization: str) -> int
     return round(sum(each))
 
 
-def load_tokenizer(source: str) -> Any:
+def load_tokenizer(source: str, named: Mapping[str, str] | None = None) -> Any:
     """Load a tokenizer from a folder or the hub.
+
+    Args:
+        source: folder or hub id.
+        named: tokens that it is to know by a name of their own.
 
     Raises:
         OmniError: it is not there, or the hub cannot be reached.
@@ -124,7 +128,8 @@ def load_tokenizer(source: str) -> Any:
     if (Path(source) / CONFIG).is_file():
         read_config(Path(source))  # the library looks into it too
     with reading("load the tokenizer of", source):
-        tokenizer = AutoTokenizer.from_pretrained(**hub_arguments(source))
+        more = {"model_specific_special_tokens": dict(named)} if named else {}
+        tokenizer = AutoTokenizer.from_pretrained(**hub_arguments(source), **more)
         known = tokenizer.get_vocab()
     lacks = [some[0] for some in ((_TURN_END,), _VIDEO_TOKENS) if known.keys().isdisjoint(some)]
     if lacks:
@@ -281,10 +286,20 @@ def place(model: nn.Module, device: str, dtype: str | None) -> nn.Module:
     return model
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write weights (of the adapter alone, where there is one), configuration and tokenizer in the hub's layout."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def save_model(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Write weights (of the adapter alone, where there is one), configuration and tokenizer in the hub's layout.
+
+    Args:
+        model: where it is cut over ranks, every one must call this, and rank 0 writes.
+        tokenizer: its tokenizer.
+        folder: to write.
+        dtype: of the weights that are written; as they are held where it is absent.
+    """
+    weights = sharded.gathered(model, dtype) if dtype else None
+    if weights != {}:
+        with sharded.as_uncut(model):
+            model.save_pretrained(folder, state_dict=weights)
+        tokenizer.save_pretrained(folder)
 
 
 def weights_fingerprint(source: str) -> str:

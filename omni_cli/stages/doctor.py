@@ -66,6 +66,7 @@ def _checks(request: DoctorRequest) -> Iterator[Check]:
     yield _python()
     yield from _packages()
     yield _torch()
+    yield from _attention()
     yield _video()
     yield _machine()
     yield _disk("disk for --data", request.data, "OMNI_DATA")
@@ -127,6 +128,23 @@ def _torch() -> Check:
         found = f"{torch.__version__} does not see {', '.join(accelerator_names())}"
         return Check("torch", found, "note", "install torch's build for this GPU: README, Install")
     return Check("torch", f"{torch.__version__}, on the CPU")
+
+
+def _attention() -> Iterator[Check]:
+    """Check that a fused kernel computes attention: torch says nothing where none does, and is many times slower."""
+    try:
+        torch, kernels = importlib.import_module("torch"), importlib.import_module("omni_cli.models.attention_kernels")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        chosen = kernels.chosen_kernels(device, torch.bfloat16)
+    except Exception as error:  # as for torch
+        yield Check("attention", _one_line(error), "broken", "reinstall torch for this machine: README, Install")
+        return
+    found = ", ".join(f"{name} {kernel}" for name, kernel in chosen.items()) + f" on {device}"
+    if kernels.UNFUSED in chosen.values():
+        remedy = "slow, and much memory: on AMD set TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL=1; else update torch"
+        yield Check("attention", found, "note", remedy)
+    else:
+        yield Check("attention", found)
 
 
 def _video() -> Check:

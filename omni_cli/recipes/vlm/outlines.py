@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from omni_cli.models import families, qwen_vl, tiny, wiring
+from omni_cli.models.drawn import drawn_config
 from omni_cli.recipe import Batch, Row
 from omni_cli.recipes.vlm import packed
 from omni_cli.recipes.vlm.rows import encode_row, make_tokenizer, time_step
@@ -20,10 +21,10 @@ from omni_cli.samples.tiling import TiledPreprocess
 
 def empty_base(model: str, preprocess: TiledPreprocess) -> PreTrainedModel:
     """Return the base model, of shapes alone."""
-    if not families.is_tiny(model):
+    if not families.is_drawn(model):
         return qwen_vl.empty_model(families.model_config(model))
     tokenizer = make_tokenizer(model, tuple(prompts.sample_sentences(preprocess)))
-    return qwen_vl.empty_model(tiny.tiny_config(families.family_of(model).name, tokenizer))
+    return qwen_vl.empty_model(drawn_config(model, tokenizer))
 
 
 def outline(

@@ -26,8 +26,8 @@ SIDECAR = pa.schema(
 
 
 def make_tokenizer(model: str, sentences: tuple[str, ...]) -> Any:
-    """Return the base model's tokenizer; a tiny model's is made from the recipe's sentences."""
-    if families.is_tiny(model):
+    """Return the base model's tokenizer; that of a model that is drawn here is made from the recipe's sentences."""
+    if families.is_drawn(model):
         return tiny.tiny_tokenizer(sentences, families.family_of(model).name)
     return qwen_vl.load_tokenizer(model)
 
@@ -74,7 +74,7 @@ def video_token(model: str, preprocess: TiledPreprocess) -> int:
 
 @lru_cache(maxsize=8)
 def _video_token(model: str, sentences: tuple[str, ...], family: Family) -> int:
-    if families.is_tiny(model):
+    if families.is_drawn(model):
         return int(kept_tokenizer(model, sentences).convert_tokens_to_ids(prompts.video_token(family)))
     return wiring.placeholder_id(families.model_config(model))
 

@@ -53,6 +53,7 @@ class Inputs:
         teacher: tuple[Path, ...] = (),
         run: runs.Run | None = None,
         texture: TextureSpec | None = None,
+        is_beside_stock: bool = True,
     ) -> None:
         self.recipe = recipe
         self.preprocess: Preprocess = recipe.preprocess()
@@ -60,6 +61,7 @@ class Inputs:
         self.console = console
         self.teacher = teacher  # ONNX files that the user named
         self.texture = texture  # of the video that stands in where the user's are easier to decode
+        self.is_beside_stock = is_beside_stock  # a stock library's training takes turns with ours
         self._data, self._runs, self._named = data, runs_folder, run
         self._held = ExitStack()
 

@@ -43,6 +43,7 @@ class BenchRequest:
     teacher: tuple[Path, ...] = ()  # its ONNX files, to be measured beside the run's; empty: those of the settings
     run: Run | None = None  # whose settings the recipe has; None: the newest that has the recipe's
     texture: TextureSpec | None = None  # what etl is measured on too where the user's videos are easier to decode
+    is_beside_stock: bool = True  # train is measured in turn with the stock library's
 
 
 def bench(recipe: Any, request: BenchRequest, console: Console) -> dict[str, Any]:
@@ -65,6 +66,7 @@ def bench(recipe: Any, request: BenchRequest, console: Console) -> dict[str, Any
             teacher=request.teacher,
             run=request.run,
             texture=request.texture,
+            is_beside_stock=request.is_beside_stock,
         ) as inputs,
     ):
         parts = [_measure(name, inputs, request.repeats) for name in _chosen(request, inputs, console)]

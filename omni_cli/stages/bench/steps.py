@@ -48,7 +48,8 @@ def bench_train(inputs: Inputs, repeats: int) -> Part:
     set_seed(train.seed)
     clock = Clock(Turns())
     built = recipe.build(inputs.preprocess)
-    trainers = _trainers(inputs.work, recipe, built, Cycled(windows, train.batch_size * steps), clock)
+    cycled = Cycled(windows, train.batch_size * steps)
+    trainers = _trainers(inputs.work, recipe, built, cycled, clock, is_beside_stock=inputs.is_beside_stock)
     flops = train.batch_size * _flops_a_sample(recipe, built, windows)
     train_in_turn(list(trainers.values()))
     units = {"samples": 1.0, **recipe.sample_units(windows)}
@@ -73,12 +74,14 @@ def _best(recipe: Any, flops: float) -> tuple[float, dict[str, Any]]:
     return flops / peak.flops_per_s, {"peak_gigaflops_per_s": peak.flops_per_s / _GIGA, "peak": peak.source}
 
 
-def _trainers(folder: Path, recipe: Any, built: BuiltModel, dataset: WindowDataset, clock: Clock) -> dict[str, Any]:
-    """Return our Trainer under an empty name, and stock TRL's where the recipe has such a thing."""
+def _trainers(
+    folder: Path, recipe: Any, built: BuiltModel, dataset: WindowDataset, clock: Clock, *, is_beside_stock: bool
+) -> dict[str, Any]:
+    """Return our Trainer under an empty name, and stock TRL's where it is wanted and the recipe has such a thing."""
     steps, preprocess = recipe.train.max_steps, dataset.preprocess
     ours = make_trainer(folder / "steps", recipe, built, dataset, steps, Timed)
     ours.clock, beside = clock.now_built(), Clock(clock.turns)
-    stock = recipe.stock(built, preprocess) if isinstance(recipe, Comparable) else None
+    stock = recipe.stock(built, preprocess) if is_beside_stock and isinstance(recipe, Comparable) else None
     if stock is None:
         beside.turns.leave(beside, has_failed=False)
         return {"": ours}
