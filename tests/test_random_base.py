@@ -1,5 +1,6 @@
 """Models of random weights: the shapes of another, to be measured without a network and never to be used."""
 
+import bitsandbytes
 import pytest
 import torch
 
@@ -57,6 +58,24 @@ def test_random_weights_of_4_bits_are_those_of_16_quantised(family, tmp_path):
     rows = recipe.probe_rows(built, recipe.preprocess())
     recipe.loss(built.model, recipe.collate(rows, recipe.preprocess()), recipe.preprocess()).total.backward()
     assert all(torch.isfinite(w.grad).all() for w in built.model.parameters() if w.requires_grad)
+
+
+def test_stock_trl_learns_from_the_same_4_bits_of_any_seed(tmp_path):
+    """The parts of a packed weight that are not its parameters are as much of it."""
+    recipe = random_recipe(tmp_path, "qwen2_5_vl", quantization="nf4")
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": 3})})
+    built = recipe.build(recipe.preprocess())
+    ours, theirs = (packed_weights(model) for model in (built.model, recipe.stock(built, recipe.preprocess()).model))
+    assert len(ours) == 2 * 7
+    assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
+
+
+def packed_weights(model) -> dict[str, torch.Tensor]:
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, bitsandbytes.nn.Linear4bit)}
+    return {
+        name: bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        for name, layer in layers.items()
+    }
 
 
 @pytest.mark.parametrize("family", FAMILIES)

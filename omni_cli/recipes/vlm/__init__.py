@@ -374,7 +374,7 @@ class Vlm(Settings):
     def stock(self, built: BuiltModel, preprocess: TiledPreprocess) -> StockTraining:
         """Return TRL's own training of what was built."""
         kind = self.model, self.precision, self.quantization
-        return stock_training(built, preprocess, kind, self.tune)
+        return stock_training(built, preprocess, kind, self.tune, self.train.seed)
 
     def step_flops(self, built: BuiltModel, rows: Sequence[Row], preprocess: TiledPreprocess) -> float:
         """Return the operations by the rule of `models/flops.py`."""

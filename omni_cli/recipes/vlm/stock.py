@@ -25,7 +25,7 @@ _VIDEO_TYPE = 2  # of a token, to transformers
 
 
 def stock_training(
-    built: BuiltModel, preprocess: TiledPreprocess, kind: tuple[str, str, str], tune: VlmTune
+    built: BuiltModel, preprocess: TiledPreprocess, kind: tuple[str, str, str], tune: VlmTune, seed: int
 ) -> StockTraining:
     """Return TRL's training of what was built, from the same weights.
 
@@ -34,8 +34,9 @@ def stock_training(
         preprocess: of both.
         kind: the base model's name, precision and quantization.
         tune: what of it learns.
+        seed: of a base that is drawn.
     """
-    model = tuned(_base(*kind, built.tokenizer), tune)
+    model = tuned(_base(*kind, built.tokenizer, seed), tune)
     _copy_weights(built.model, model)
     if preprocess.vision.reads == "frames":
         return StockTraining(model, partial(stock_frames, preprocess=preprocess))
@@ -49,9 +50,9 @@ def rows_flops(model: nn.Module, rows: Sequence[Row], preprocess: TiledPreproces
     return step_flops(model, [len(row["input_ids"]) for row in rows], scored, preprocess.grid).total
 
 
-def _base(model: str, precision: str, quantization: str, tokenizer: Any) -> PreTrainedModel:
-    if families.is_drawn(model):
-        return draw(model, tokenizer, 0, precision, quantization)  # and written over
+def _base(model: str, precision: str, quantization: str, tokenizer: Any, seed: int) -> PreTrainedModel:
+    if families.is_drawn(model):  # alike from the start: of 4-bit weights, the scales are not copied over
+        return draw(model, tokenizer, seed, precision, quantization)
     return qwen_vl.load_model(model, qwen_vl.DTYPES[precision], quantization)
 
 
