@@ -14,7 +14,7 @@ import typer
 
 from omni_cli import SCHEMA_VERSION
 from omni_cli.commands import app
-from omni_cli.errors import OmniError, refused_by_machine
+from omni_cli.errors import OmniError, UsageError, refused_by_machine
 
 INTERRUPTED = 130
 
@@ -61,12 +61,23 @@ def _unforeseen(error: Exception, as_json: bool) -> int:
 
 
 def _fail(kind: str, message: str, exit_code: int, as_json: bool) -> int:
+    """Say what ended this process, once for all that torchrun started.
+
+    Wrong usage the processes of a machine meet alike, before they join: the first of them says it. Once they have
+    joined, what one alone meets the first of all says (`Ranks.alike`), which alone writes a document.
+    """
     line = " ".join(message.split())
-    sys.stderr.write(f"error: {line}\n")
-    if as_json:
+    if exit_code != UsageError.exit_code or _is_first("LOCAL_RANK"):
+        sys.stderr.write(f"error: {line}\n")
+    if as_json and _is_first("RANK"):
         error = {"kind": kind, "message": line, "exit_code": exit_code}
         sys.stdout.write(json.dumps({"schema_version": SCHEMA_VERSION, "error": error}, sort_keys=True) + "\n")
     return exit_code
+
+
+def _is_first(name: str) -> bool:
+    """Say whether this process is the first of those that a launcher numbers so, or is by itself."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get(name, "0") == "0"
 
 
 if __name__ == "__main__":

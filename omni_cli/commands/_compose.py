@@ -1,6 +1,5 @@
 """From what the user typed to a profile and a recipe's settings; the heavy imports happen here, when a verb runs."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,16 +30,6 @@ FLAG_KEYS: Mapping[str, tuple[str, str]] = {
 }
 
 S = TypeVar("S", bound=Settings)
-
-
-def check_alone(verb: str) -> None:
-    """Refuse to be one of several processes, which would work on the same folders against each other.
-
-    Raises:
-        UsageError: a launcher started several.
-    """
-    if (processes := os.environ.get("WORLD_SIZE") or "1") != "1":
-        raise UsageError(f"WORLD_SIZE = {processes}: only omni train runs in several processes; run {verb} by itself")
 
 
 def choose_profile(name: str | None, console: Console, *, dry_run: bool) -> Profile:

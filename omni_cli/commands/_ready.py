@@ -4,6 +4,7 @@ torch and what stands on it take seconds to import: no refusal that needs none o
 word.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from importlib import import_module
@@ -12,7 +13,7 @@ from typing import Any
 
 from omni_cli.commands._options import parse_share, parse_split
 from omni_cli.config import override_layer, read_layer
-from omni_cli.errors import OmniError
+from omni_cli.errors import OmniError, UsageError
 from omni_cli.files import read_json
 from omni_cli.profiles import check_machine, load_profile
 from omni_cli.recipes import check_recipe, recipe_class, recipe_names
@@ -36,6 +37,12 @@ _STAGES: Mapping[str, tuple[str, str]] = {  # what a verb imports, and in the us
     "profiles": ("stages.profiles", _LEARNERS),
 }
 
+_IN_MANY = (
+    "train",
+    "doctor",
+    "profiles",
+)  # verbs that several processes may run: they train together, or write nothing
+
 
 def make_ready(verb: str, given: Mapping[str, Any]) -> None:
     """Refuse what can be refused without torch, then import what a verb needs while a passing line says so.
@@ -57,6 +64,8 @@ def make_ready(verb: str, given: Mapping[str, Any]) -> None:
 
 def refuse_early(verb: str, given: Mapping[str, Any]) -> None:
     """Refuse what can be refused without torch; arguments and errors as for `make_ready`."""
+    if verb not in _IN_MANY:
+        check_alone(verb)
     if profile := given.get("profile"):
         loaded = load_profile(profile)
         if not given.get("dry_run"):
@@ -78,6 +87,18 @@ def refuse_early(verb: str, given: Mapping[str, Any]) -> None:
         parse_split(given["split"])
     if verb in ("etl", "train") and not given["dry_run"]:
         _require_data(given)
+
+
+def check_alone(verb: str) -> None:
+    """Refuse to be one of several processes, which would work on the same folders against each other.
+
+    Raises:
+        UsageError: a launcher started several.
+    """
+    if (processes := os.environ.get("WORLD_SIZE") or "1") != "1":
+        raise UsageError(
+            f"WORLD_SIZE = {processes}: only omni train runs in several processes; run omni {verb} by itself"
+        )
 
 
 def _require_data(given: Mapping[str, Any]) -> None:

@@ -30,12 +30,11 @@ def command(
     winding roads. With --base smollm2 the adapter sits on a real pretrained language
     model from the package index, SmolLM2-135M, which looks through the tower that the tiny model learned.
     """
-    from omni_cli.commands._compose import check_alone, recipe_maker
+    from omni_cli.commands._compose import recipe_maker
     from omni_cli.report import Console
     from omni_cli.stages.demo import PROFILE, DemoRequest, driving_demo, seeing_demo
     from omni_cli.telemetry import usable_cores
 
-    check_alone("omni demo")
     console = Console(quiet=quiet, json_output=json)
     request = DemoRequest(folder, seed, chunks, base_steps, adapter_steps, usable_cores(), base)
     tell = {"vlm": seeing_demo, "distill": driving_demo}[recipe]

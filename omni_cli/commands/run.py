@@ -28,12 +28,11 @@ def command(
     A [fetch] table in the --config file says what to fetch, in the words of `omni fetch`; without one it is two chunks
     of the synthetic world. Killed and run again, it goes on where it was.
     """
-    from omni_cli.commands._compose import check_alone, choose_profile, compose_recipe, table_of
+    from omni_cli.commands._compose import choose_profile, compose_recipe, table_of
     from omni_cli.report import Console
     from omni_cli.stages.pipeline import FetchSettings, PipelineRequest, pipeline
     from omni_cli.telemetry import usable_cores
 
-    check_alone("omni run")
     console = Console(quiet=quiet, json_output=json)
     chosen = choose_profile(profile, console, dry_run=False)
     settings = compose_recipe(recipe, chosen, config=config, sets=sets).value

@@ -17,7 +17,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
+from omni_cli.__main__ import _calm_libraries
 from omni_cli.errors import OmniError
 from omni_cli.recipes.distill import Distill
 from omni_cli.recipes.vlm import Vlm
@@ -80,7 +82,7 @@ def train_ranked(
     ]
     processes = start_ranks(warm, count, "tests.support.ranked", *words)
     for process in processes:
-        process.wait(120)
+        process.wait(300)
     return processes
 
 
@@ -100,6 +102,7 @@ def watched(path: Path, faults: dict[str, int]) -> Iterator[None]:
     """Write down what this process learns from, and let it meet its faults."""
     step, windows, gradients, taken = [], {}, {}, iter(range(1, 1000))
     note, norm, save = Guard.note, Guarded._get_grad_norm, torch.save
+    write = PreTrainedModel.save_pretrained
 
     def noting(self, loss, numbers, labels):
         step.extend(numbers.tolist())
@@ -125,7 +128,13 @@ def watched(path: Path, faults: dict[str, int]) -> Iterator[None]:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(to))
         save(what, to, **how)
 
+    def writing(model, to, **how):
+        if "full_at_once" in faults:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(to))
+        write(model, to, **how)
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PreTrainedModel, "save_pretrained", writing)
         patch.setattr(Guard, "note", noting)
         patch.setattr(Guarded, "_get_grad_norm", norming)
         patch.setattr(torch, "save", saving)
@@ -137,6 +146,7 @@ def watched(path: Path, faults: dict[str, int]) -> Iterator[None]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    _calm_libraries(quiet=True)
     rank = int(os.environ.get("RANK", "0"))
     kind, runs_folder, shards_folder, run_name, seen_path, settings, befalling = sys.argv[1:]
     changed = {"vlm": ranked_recipe, "distill": ranked_student}[kind](**json.loads(settings))

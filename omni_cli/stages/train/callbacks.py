@@ -43,10 +43,11 @@ class GradientCheck(TrainerCallback):
     Args:
         saved: the facts of the checkpoint that training goes on from; none where it begins.
         guard: which knows of gradients that float16's scaler skips.
+        ranks: of the training, which all check alike.
     """
 
-    def __init__(self, saved: Mapping[str, Any], guard: Guard) -> None:
-        self._guard = guard
+    def __init__(self, saved: Mapping[str, Any], guard: Guard, ranks: Ranks = ALONE) -> None:
+        self._guard, self._ranks = guard, ranks
         self.passed_at: int | None = saved.get("gradients_checked_at_step")
         self._moved: bool = saved.get("weights_moved", False)
         self.had_label: bool = saved.get("had_label", False)  # at any step
@@ -65,7 +66,8 @@ class GradientCheck(TrainerCallback):
             return
         self.had_label = True
         if self._moved:
-            check_gradients(kwargs["model"])
+            with self._ranks.alike():
+                check_gradients(kwargs["model"])
             self.passed_at = state.global_step
         self._moved = self._moved or any(group["lr"] > 0 for group in kwargs["optimizer"].param_groups)
 
@@ -115,10 +117,11 @@ class Journal(TrainerCallback):
             logs.pop("grad_norm", None)  # overflows, which is what the step was skipped for
         names = ("loss", "learning_rate", "grad_norm", "epoch", LOSS, *(name for name in logs if name.endswith(SUFFIX)))
         if wrong := [name for name in names if not math.isfinite(logs.get(name, 0.0))]:
-            raise OmniError(
+            said = (
                 f"{wrong[0]} is {logs[wrong[0]]} at step {state.global_step}; the last checkpoint is good: go on from "
                 "it with a lower --set train.learning_rate in a run of another name"
             )
+            self._ranks.fail(OmniError(said))
         measured = self._measured(args)
         logs |= measured  # after the Trainer's own record, which a checkpoint keeps: the reporters that follow see it
         line = {name: float(logs[name]) for name in names if name in logs}

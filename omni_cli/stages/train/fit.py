@@ -26,7 +26,7 @@ from omni_cli.stages.train.callbacks import GradientCheck, Journal, Keeper, Stop
 from omni_cli.stages.train.guards import BadStep, Guard
 from omni_cli.stages.train.pace import Pace, Paced
 from omni_cli.stages.train.plan import planned_steps
-from omni_cli.stages.train.ranks import ALONE, Ranks, seed_apart, share_of
+from omni_cli.stages.train.ranks import ALONE, Ranks, check_norms, seed_apart, share_of
 from omni_cli.stages.train.reporters import reporters
 from omni_cli.stages.train.roll_back import roll_back
 from omni_cli.stages.train.sharding import check_sharding
@@ -90,11 +90,13 @@ def _attempt(
     """
     saved, steps = run.folder / runs.CHECKPOINTS, planned_steps(recipe.train, len(dataset))
     start = ranks.decide(partial(_begin, run, recipe.train, console))
-    validation = make_validation(recipe, dataset, start.facts, console, ranks)
     guard = Guard(recipe.train, start.facts, ranks)
-    gradients = GradientCheck(start.facts, guard)
-    set_seed(recipe.train.seed)
-    built = recipe.build(preprocess, start.checkpoint)
+    gradients = GradientCheck(start.facts, guard, ranks)
+    with ranks.alike():
+        validation = make_validation(recipe, dataset, start.facts, console, ranks)
+        set_seed(recipe.train.seed)
+        built = recipe.build(preprocess, start.checkpoint)
+        check_norms(recipe, built.model, ranks)
     learns_from = counted(len(dataset), "window")
     console.say(f"run {run.folder}: {_describe(recipe, built)} from {learns_from}, {_span(start.step, steps)}")
     for note in (*built.notes, *_shared(recipe.train, ranks)):
@@ -105,14 +107,16 @@ def _attempt(
         # `train` would take one step more; this is what it does first, so that the same bytes are published.
         trainer._load_from_checkpoint(str(start.checkpoint))
     else:
-        _try_out(recipe, built, dataset, console)
+        with ranks.alike():
+            _try_out(recipe, built, dataset, console)
         keepers: list[Keeper] = [gradients, guard, *([validation] if validation else [])]
         best = [KeepBest(run, recipe, built, validation, ranks)] if validation else []
         with ranks.noticing_loss():
             _take_steps(trainer, run, start, [gradients, *best], keepers, console=console, report_to=report_to)
-        if validation:
-            validation.check_fault(trainer.state.global_step)
-        _check_labels(run, gradients, steps)
+        with ranks.alike():
+            if validation:
+                validation.check_fault(trainer.state.global_step)
+            _check_labels(run, gradients, steps)
     loss = ranks.decide(partial(checkpoints.last_loss, run.folder, steps))
     facts = {"steps": steps, "loss": loss, "gradients_checked_at_step": gradients.passed_at}
     return Fitted(built, validation.best if validation else None, facts)

@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from omni_cli.errors import DataError, UsageError
@@ -12,14 +13,22 @@ from omni_cli.stages import disk, locate, runs
 from omni_cli.stages.checkpoints import read_history
 from omni_cli.stages.fitting import short
 from omni_cli.stages.train.forecast import Memory, check_fits, forecast
+from omni_cli.stages.train.ranks import with_share
 from omni_cli.stages.train.request import TrainRequest
 from omni_cli.stages.train.shards import chosen_shards
+from omni_cli.stages.train.telemetry import read_telemetry
 
 _OF_A_STEP = ("batch_size", "accumulation", "optimizer", "gradient_checkpointing")
 
 
-def dry_run(recipe: Any, request: TrainRequest, console: Console) -> dict[str, Any]:
+def dry_run(recipe: Any, request: TrainRequest, console: Console, processes: int = 1) -> dict[str, Any]:
     """Say what a training would be, on this machine or another; touch nothing.
+
+    Args:
+        recipe: what would learn.
+        request: of the user.
+        console: told of it.
+        processes: that would share each step; memory is that of one of them.
 
     Raises:
         UsageError: a step needs more memory than the profile's machine has.
@@ -36,15 +45,16 @@ def dry_run(recipe: Any, request: TrainRequest, console: Console) -> dict[str, A
         "trainable_parameters": size.learning,
         **({"notes": size.notes} if size.notes else {}),
     }
-    machine = request.machine
-    memory = forecast(recipe, preprocess, on_gpu=machine is not None and machine.accelerator != "cpu")
-    facts |= _planned_memory(size, recipe, memory)
+    machine, shared = request.machine, with_share(recipe, processes)
+    memory = forecast(shared, preprocess, on_gpu=machine is not None and machine.accelerator != "cpu")
+    facts |= {"processes": processes} if processes > 1 else {}
+    facts |= _planned_memory(size, shared, memory)
     facts |= _planned_steps(recipe, request, console)
     facts |= _planned_disk(size, recipe, facts.get("steps"))
-    facts |= {"hours": _planned_hours(recipe, request, facts.get("steps"))}
+    facts |= {"hours": _planned_hours(recipe, request, facts.get("steps"), processes)}
     console.table(f"plan of omni train --profile {request.profile}", ("what", "value"), [*_readable(facts)])
     if memory is not None and machine is not None:
-        console.say(check_fits(recipe, memory, machine, request.profile))
+        console.say(check_fits(shared, memory, machine, request.profile))
     return {"dry_run": True, **facts}
 
 
@@ -77,14 +87,15 @@ def _gib(amount: float) -> float:
     return round(amount / 2**30, 2)
 
 
-def _planned_hours(recipe: Any, request: TrainRequest, steps: int | None) -> float | str:
+def _planned_hours(recipe: Any, request: TrainRequest, steps: int | None, processes: int) -> float | str:
     """Return how long the steps take at the pace of the newest finished run of this profile with steps like these."""
     if steps is None:
         return "unknown: it is not known how many steps there are"
     for folder in locate.finished_runs(request.runs):
         manifest = runs.open_run(folder).manifest
         speeds = [line["samples_per_s"] for line in read_history(folder) if "samples_per_s" in line]
-        if speeds and manifest.profile == request.profile and _is_alike(manifest.settings, recipe):
+        is_alike = manifest.profile == request.profile and _is_alike(manifest.settings, recipe)
+        if speeds and is_alike and _processes(folder) == {processes}:
             samples: int = steps * recipe.train.batch_size * recipe.train.accumulation
             return float(f"{samples / statistics.median(speeds) / 3600:.3g}")
     return "unknown: no finished run of this profile, model and batch is here; omni bench train measures a step"
@@ -97,6 +108,12 @@ def _is_alike(settings: Mapping[str, Any], recipe: Any) -> bool:
         settings.get(name) == ours.get(name) for name in ("model", "precision", "quantization", "sample", "tune")
     )
     return same and all(settings["train"][name] == ours["train"][name] for name in _OF_A_STEP)
+
+
+def _processes(folder: Path) -> set[int]:
+    """Return how many processes trained a run, in each of its sessions; one that does not say had one."""
+    lines = read_telemetry(folder / runs.TELEMETRY)
+    return {line["opened"].get("processes", 1) for line in lines if "opened" in line} or {1}
 
 
 def _planned_disk(size: ModelSize, recipe: Any, steps: int | None) -> dict[str, int]:

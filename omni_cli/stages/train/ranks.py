@@ -17,9 +17,11 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import distributed, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from omni_cli import files
-from omni_cli.errors import OmniError, UsageError
+from omni_cli.errors import DataError, OmniError, Preempted, UsageError, refused_by_machine
+from omni_cli.models.modes import evaluating
 from omni_cli.recipe import TrainSettings
 from omni_cli.report import counted
 
@@ -80,13 +82,23 @@ class Ranks:
 
     @contextmanager
     def alike(self) -> Iterator[None]:
-        """Run a block on every rank; where it fails on one, that one says why, and all end."""
+        """Run a block on every rank; where it fails on any, the first says why, and all end.
+
+        Of what all of them met it is said once; a bug is told by whoever met it, with its traceback.
+        """
+        own: Exception | None = None
         try:
             yield
         except Exception as error:
-            self.gather(_exit_code(error))
-            raise
-        if code := max(self.gather(0)):
+            own = error
+        ours = _told(own)
+        told = sorted((each for each in self.gather(ours) if each), key=lambda each: not each[1])  # bugs last
+        if own and (self.is_first or (ours and not ours[1])):
+            raise own
+        if told:
+            code, line = told[0]
+            if self.is_first and line:
+                raise _retold(code, line)
             self._end(code)
 
     def fail(self, error: BaseException) -> NoReturn:
@@ -139,6 +151,21 @@ def _exit_code(error: BaseException) -> int:
     return error.exit_code if isinstance(error, OmniError) else 1
 
 
+def _told(error: Exception | None) -> tuple[int, str] | None:
+    """Return an exit code and the line that says why; of a bug no line; None where nothing failed."""
+    if error is None:
+        return None
+    if isinstance(error, OSError):
+        return _exit_code(error), refused_by_machine(error) or ""
+    return _exit_code(error), str(error) if isinstance(error, OmniError) else ""
+
+
+def _retold(code: int, line: str) -> OmniError:
+    """Return the error that another rank met."""
+    kinds = {kind.exit_code: kind for kind in (UsageError, DataError, Preempted)}
+    return kinds.get(code, OmniError)(line)
+
+
 ALONE = Ranks()
 
 
@@ -173,7 +200,7 @@ def asked_for() -> int:
     """Return how many processes a launcher says that it started; 1 without one.
 
     Raises:
-        UsageError: it says no number, or not how they find each other.
+        UsageError: it says no number, or not which this one is and how they find each other.
     """
     said = os.environ.get("WORLD_SIZE") or "1"
     if not said.isdecimal() or said == "0":
@@ -182,7 +209,17 @@ def asked_for() -> int:
         raise UsageError(
             f"WORLD_SIZE = {said} and no {missing[0]}: several processes are started by torchrun, which sets both"
         )
+    rank = os.environ.get("RANK", "0")
+    if said != "1" and not (rank.isdecimal() and int(rank) < int(said)):
+        raise UsageError(f"RANK = {rank!r} of WORLD_SIZE = {said}: expected a number below it, as torchrun sets it")
     return int(said)
+
+
+def with_share(recipe: Any, count: int) -> Any:
+    """Return a recipe whose step is what one of `count` ranks takes of it; errors as of `share_of`."""
+    share = share_of(recipe.train, count)
+    one = {"batch_size": share.batch_size, "accumulation": share.accumulation}
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=one)})
 
 
 @contextmanager
@@ -213,12 +250,36 @@ def _take_gpu() -> None:
     """Take the GPU of this process's number on its machine.
 
     Raises:
-        UsageError: there are fewer.
+        UsageError: there are fewer than processes here, which all of them find, and the first of them says.
     """
     local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if local >= gpus:
-        raise UsageError(f"process {local + 1} on a machine with {counted(gpus, 'GPU')}; start one for each GPU")
+    here = max(local + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if here > gpus:
+        raise UsageError(f"{here} processes on a machine with {counted(gpus, 'GPU')}; start one for each GPU")
     torch.cuda.set_device(local)
+
+
+def check_norms(recipe: Any, model: nn.Module, ranks: Ranks) -> None:
+    """Refuse a model that normalises by its batch: each rank has windows of its own, and would learn another one.
+
+    Args:
+        recipe: what learns, and how.
+        model: as it was built, in any mode.
+        ranks: of the training.
+
+    Raises:
+        UsageError: one of several ranks would train it.
+    """
+    if ranks.count == 1:
+        return
+    with evaluating(model):  # which sets back what is set here
+        model.train()
+        is_apart = any(module.training for module in model.modules() if isinstance(module, _BatchNorm))
+    if is_apart:
+        raise UsageError(
+            f"{recipe.model}, tune.mode = {recipe.tune.mode}: its BatchNorm layers learn from the windows of one "
+            f"process alone, and {ranks.count} would not stay alike; train it in one process, or an adapter of it"
+        )
 
 
 def seed_apart(ranks: Ranks, seed: int, step: int) -> None:

@@ -25,6 +25,7 @@ class Sharded:
     optimizer: Any
     lr_scheduler: Any
     is_distributed_loading_by_transformers: bool
+    _unwritten: Exception | None = None  # of rank 0, until no other waits for what it gives
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """Cut the model, before the optimiser that moves its parts is made."""
@@ -38,13 +39,17 @@ class Sharded:
         return sharded.whole_norm(super()._clip_grad_norm(model))  # type: ignore[misc]  # as above
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Write the whole model, on rank 0."""
-        if sharded.is_sharded(self.model):
-            state_dict = sharded.gathered(self.model)
-            if not self.args.should_save:
-                return
-        with sharded.as_uncut(self.model):
+        """Write the whole model, on rank 0; what it meets is raised once what the optimiser keeps is gathered too."""
+        if not sharded.is_sharded(self.model):
             super()._save(output_dir, state_dict)  # type: ignore[misc]  # as above
+            return
+        state_dict = sharded.gathered(self.model)
+        if self.args.should_save:
+            try:
+                with sharded.as_uncut(self.model):
+                    super()._save(output_dir, state_dict)  # type: ignore[misc]  # as above
+            except Exception as error:
+                self._unwritten = error
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Write all that the optimiser keeps, on rank 0."""
@@ -52,6 +57,8 @@ class Sharded:
             super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]  # as above
             return
         kept = sharded.gathered_optimizer(self.model, self.optimizer)
+        if self._unwritten:
+            raise self._unwritten
         if self.args.should_save:
             torch.save(kept, Path(output_dir) / OPTIMIZER_NAME)
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)

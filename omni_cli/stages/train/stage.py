@@ -21,7 +21,7 @@ from omni_cli.stages.origins import base_origin
 from omni_cli.stages.raw_lock import reading
 from omni_cli.stages.train.fit import Fitted, fit
 from omni_cli.stages.train.plan import check_memory, dry_run, planned_steps
-from omni_cli.stages.train.ranks import ALONE, Ranks, joined, share_of
+from omni_cli.stages.train.ranks import ALONE, Ranks, joined, with_share
 from omni_cli.stages.train.report import reported
 from omni_cli.stages.train.reporters import check_reporters
 from omni_cli.stages.train.request import TrainRequest
@@ -44,7 +44,7 @@ def train(recipe: Any, request: TrainRequest, console: Console) -> dict[str, Any
     """Train a recipe on shards; where there are none yet, cut the raw data into some first.
 
     Of the processes that torchrun started, the first looks at everything, holds the locks and writes; the others wait
-    to be told, then train with it, and return nothing.
+    to be told, then train with it, and return what it returns.
 
     Raises:
         UsageError: the run's name leads elsewhere, its folder is another's or holds other settings, there is no data,
@@ -56,7 +56,7 @@ def train(recipe: Any, request: TrainRequest, console: Console) -> dict[str, Any
     """
     with joined(recipe.train) as ranks, ExitStack() as held:
         if request.dry_run:
-            return ranks.decide(lambda: _planned(recipe, request, console))
+            return ranks.decide(lambda: _planned(recipe, request, console, ranks))
         task = ranks.decide(lambda: _prepared(recipe, request, console, ranks, held))
         result = _carry_out(task, console, ranks, report_to=request.report_to)
     page = Path(result["run"]) / runs.REPORT_PAGE
@@ -78,9 +78,11 @@ def _named_folder(recipe: Any, request: TrainRequest) -> Path:
     return folder
 
 
-def _planned(recipe: Any, request: TrainRequest, console: Console) -> dict[str, Any]:
+def _planned(recipe: Any, request: TrainRequest, console: Console, ranks: Ranks) -> dict[str, Any]:
     _named_folder(recipe, request)
-    return dry_run(recipe, request, console)
+    if ranks.count > 1:  # the processes are those that would train; one may plan for another machine
+        check_runnable(recipe, ranks)
+    return dry_run(recipe, request, console, ranks.count)
 
 
 def _prepared(recipe: Any, request: TrainRequest, console: Console, ranks: Ranks, held: ExitStack) -> Task:
@@ -88,7 +90,7 @@ def _prepared(recipe: Any, request: TrainRequest, console: Console, ranks: Ranks
     folder = _named_folder(recipe, request)
     runs.check_ours(folder, fresh=request.fresh)
     check_runnable(recipe, ranks)  # before an hour of etl
-    check_memory(_with_share(recipe, ranks), request, console)
+    check_memory(with_share(recipe, ranks.count), request, console)
     shards = find_shards(recipe, request, console)
     console.say(f"shards {shards.folder}: {counted(shards.manifest.count('train'), 'window')} to train on")
     recipe = as_cut(recipe, shards, console, request.asked)
@@ -96,13 +98,6 @@ def _prepared(recipe: Any, request: TrainRequest, console: Console, ranks: Ranks
         held.enter_context(each)
     profile, is_fresh = request.profile, request.fresh
     return _prepared_in(folder, recipe, shards, profile, console, held=held, fresh=is_fresh, ranks=ranks)
-
-
-def _with_share(recipe: Any, ranks: Ranks) -> Any:
-    """Return a recipe whose step is what one rank takes of it."""
-    share = share_of(recipe.train, ranks.count)
-    one = {"batch_size": share.batch_size, "accumulation": share.accumulation}
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update=one)})
 
 
 def _prepared_in(

@@ -180,7 +180,7 @@ def trainer_arguments(folder: Path, recipe: Any, steps: int, ranks: Ranks = ALON
         "disable_tqdm": True,
     }
     if ranks.count > 1:
-        # Every weight that learns is part of every loss (`check_gradients`), and buffers are the same everywhere.
+        # Every weight that learns is part of every loss (`check_gradients`), and no buffer moves (`check_norms`).
         arguments |= {"ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False}
         arguments |= {} if on_gpu else {"ddp_backend": "gloo"}
     return use_one_gpu(kind.arguments(**arguments, **kind.always))

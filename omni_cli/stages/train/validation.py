@@ -175,14 +175,15 @@ class KeepBest(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the weights where this step is the best; where none can be said to be, this step is the last."""
         best, before = self._validation.best, self._named
+        with self._ranks.alike():  # by itself: all give their part of the weights, or none
+            if self._ranks.is_first:
+                forget_others(self._run.folder, {each.step for each in (best, before) if each})
         with self._ranks.alike():
-            self._write(best, before, state.global_step)
+            self._write(best, state.global_step)
         self._named = best
         control.should_training_stop = control.should_training_stop or self._validation.ends_training
 
-    def _write(self, best: Best | None, before: Best | None, step: int) -> None:
-        if self._ranks.is_first:
-            forget_others(self._run.folder, {each.step for each in (best, before) if each})
+    def _write(self, best: Best | None, step: int) -> None:
         if best is None or best.step != step:
             return
         folder = best_folder(self._run.folder, best.step)
