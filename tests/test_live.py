@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,15 +26,17 @@ from omni_cli.samples import views
 from omni_cli.samples.live_windows import BEHIND, LiveWindows, Shot
 from omni_cli.samples.sync import STALE_FRAME, plan_windows
 from omni_cli.sources.video_file import video_recording
+from omni_cli.stages import live
 from omni_cli.stages.infer import InferRequest, infer, subject_of_base
 from omni_cli.stages.live import Limits, ask, feed
 from omni_cli.stages.live.feed import CLOCK_SET, EARLIER, RECONNECTED, TOO_SLOW, Feed, Reading
+from omni_cli.stages.live.lines import Lines
 from tests.support.live import encoded, over_http, over_rtsp, pictures, served
 
 QUIET = Console(quiet=True)
 FRONT = "camera_front_wide_120fov"
 PERIOD_US, TOLERANCE_US = 100_000, 100_000
-SPEEDY = Limits(patience_s=2.0)
+PATIENT = Limits(patience_s=20.0)
 
 
 def tiny(**changes) -> Vlm:
@@ -60,12 +64,12 @@ def shown(content: bytes, count: int) -> dict[int, np.ndarray]:
     return {int(times[index] - times[0]): picture for index, picture in decoded}
 
 
-def received(url: str, patience_s: float = 5.0) -> tuple[list[LiveFrame], Counter]:
+def received(url: str, patience_s: float = 20.0) -> tuple[list[LiveFrame], Counter]:
     counted: Counter[str] = Counter()
     return list(live_frames(live_address(url), halved, patience_s=patience_s, counted=counted)), counted
 
 
-def ask_live(out, url: str, recipe: Vlm | None = None, *, limits: Limits = SPEEDY, **changes):
+def ask_live(out, url: str, recipe: Vlm | None = None, *, limits: Limits = PATIENT, **changes):
     recipe = recipe or tiny()
     return ask(recipe, subject_of_base(recipe), InferRequest((url,), out=out, **changes), limits, QUIET)
 
@@ -91,7 +95,7 @@ def test_frames_over_http_are_those_of_the_file_bit_for_bit(video):
 def test_frames_over_rtsp_come_with_the_password_of_the_url(video):
     with served(over_rtsp(video, password="geheim")) as port:
         frames, counted = received(f"rtsp://user:geheim@127.0.0.1:{port}/cam/1")
-        with pytest.raises(OmniError, match=rf"^rtsp://127\.0\.0\.1:{port}/cam/1: cannot be opened") as refused:
+        with pytest.raises(OmniError, match=rf"^rtsp://127\.0\.0\.1:{port} \(\w{{6}}\): cannot be opened") as refused:
             received(f"rtsp://user:falsch@127.0.0.1:{port}/cam/1?token=falsch")
     assert "falsch" not in str(refused.value)
     expected = shown(video, 40)
@@ -117,16 +121,25 @@ def test_no_damaged_picture_is_ever_shown(video):
 
 def test_only_what_is_no_secret_of_an_address_is_shown():
     for url, title in (
-        ("rtsp://user:pass@host:554/stream1?token=pass", "rtsp://host:554/stream1"),
-        ("RTSP://user:p@ss@host/stream1#pass", "rtsp://host/stream1"),
-        ("rtsp://user:pa/ss#x@host/stream1", "rtsp://host/stream1"),
-        ("rtsp://host/user=admin&password=pass&channel=1", "rtsp://host"),
-        ("rtsp://host/live/user=admin/pass", "rtsp://host/live"),
+        ("rtsp://user:pass@host:554/stream1?token=pass", "rtsp://host:554 (#)"),
+        ("RTSP://user:p@ss@Host/stream1#pass", "rtsp://host (#)"),
+        ("rtsp://user:pass@host:8554/", "rtsp://host:8554"),
+        ("rtsp://user:pass@host", "rtsp://host"),
+        ("rtsp://host:554/x?token=a@pass", "rtsp://host (#)"),
+        ("http://user:pass@host:80?token=a@pass", "http://host:80 (#)"),
+        ("rtsp://user:1/2@pass", "rtsp://user (#)"),
+        ("rtsps://[::1]:7441/pass", "rtsps://[::1]:7441 (#)"),
+        ("rtmp://host/live/pass", "rtmp://host (#)"),
+        ("http://host:80/live/user/pass/1.ts", "http://host:80 (#)"),
+        ("rtsp://host/user=admin&password=pass&channel=1", "rtsp://host (#)"),
         ("udp://@239.0.0.1:1234", "udp://239.0.0.1:1234"),
+        ("tcp://:1234", "tcp://:1234"),
     ):
         address = live_address(url)
-        assert address.title == title
+        assert re.sub(r"\(\w{6}\)", "(#)", address.title) == title
         assert "pass" not in f"{address} {address!r} {address.title}"
+    titles = {live_address(f"rtsp://user:pass@host/cam?channel={channel}").title for channel in range(10)}
+    assert len(titles) == 10
     assert live_address("/dev/video0").title == "/dev/video0"
     assert live_address("clip.mp4") is None
     with pytest.raises(UsageError, match=r"^gopher://: no such live stream; expected one of rtsp, ") as refused:
@@ -134,6 +147,64 @@ def test_only_what_is_no_secret_of_an_address_is_shown():
     assert "pass" not in str(refused.value)
     with pytest.raises(UsageError, match="rtsp: such a URL begins with ://"):
         live_address("rtsp:/user:pass@host")
+    with pytest.raises(UsageError, match=r"^such a URL begins with SCHEME://") as refused:
+        live_address("rtsp//user:pass@host/x?next=http://host")
+    assert "pass" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "rtsp://user:geheim@a..b/x",
+        f"rtsp://user:geheim@{'a' * 64}.de/x",
+        "http://user:geheim@host:99999/x",
+        "http://user:geheim@host:0/x",
+        "rtsp://user:geh/eim@host/x",
+        "rtsp://user:geheim@h%20x/a",
+        "rtsp://geheim@[::1/x",
+        "http://@/geheim",
+        "rtsp://:554/geheim",
+    ],
+)
+def test_a_url_without_a_host_that_can_be_is_refused_at_once_and_not_shown(url, tmp_path):
+    with pytest.raises(
+        UsageError, match=r"^(rtsp|http)://: such a URL needs a host, and a port up to 65535"
+    ) as refused:
+        ask_live(tmp_path, url)
+    assert "geh" not in str(refused.value)
+    assert "eim" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--camera", "rtsp://user:geheim@127.0.0.1/x?channel=1"],
+        ["--camera", "rtsp://user:geheim=@127.0.0.1/x"],
+        ["--camera", "rtsp//user:geheim@127.0.0.1/x"],
+        ["--camera", "rtsp//user:geheim@127.0.0.1/x?channel=1"],
+        ["--camera", f"{FRONT}=rtsp//user:geheim@127.0.0.1/x"],
+        ["rtsp//user:geheim@127.0.0.1/x"],
+        ["rtsp//user:geheim@127.0.0.1/x", "--tiled"],
+        ["rtsp//user:geheim@127.0.0.1/x?next=http://geheim"],
+    ],
+)
+def test_a_mistyped_url_is_not_shown(words, tmp_path, capsys):
+    base = ["--profile", "cpu-tiny", "--set", f"sample.cameras={FRONT}", "--set", "sample.labels=speed"]
+    assert omni(["infer", *words, *base, "--out", str(tmp_path / "out"), "--data", str(tmp_path)]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("error: ") == 1
+    assert "geheim" not in captured.out + captured.err
+
+
+def test_a_stream_joined_long_before_a_keyframe_is_one_line():
+    content = encoded(pictures(60), regular(60), gop=1000)
+    packets = [content[at : at + 188] for at in range(0, len(content), 188)]
+    tables = [one for one in packets[:20] if int.from_bytes(one[1:3], "big") & 0x1FFF in (0, 0x11, 0x1000)]
+    with (
+        served(over_http([b"".join(tables + packets[len(packets) // 2 :])])) as port,
+        pytest.raises(DataError, match=rf"^http://127\.0\.0\.1:{port}: sent no keyframe for long"),
+    ):
+        received(f"http://127.0.0.1:{port}/")
 
 
 # -- windows
@@ -196,7 +267,7 @@ def test_nothing_reaches_over_a_lost_connection():
 
 def a_feed(cameras: int = 1, *, waiting: int = 100, stride: int = 2, urls=(), reconnects: int = 0) -> Feed:
     addresses = [live_address(url) for url in urls] or [live_address(f"rtsp://host/{k}") for k in range(cameras)]
-    reading = Reading(addresses, halved, lambda picture: picture[None], 1.0, reconnects, waiting)
+    reading = Reading(addresses, halved, lambda picture: picture[None], 20.0, reconnects, waiting)
     return Feed(reading, LiveWindows(len(addresses), 10.0, 4, stride, TOLERANCE_US), QUIET)
 
 
@@ -220,12 +291,13 @@ def test_the_clocks_of_several_cameras_are_told_by_their_shortest_delays():
     assert len(ready) > 8
     for one in ready:
         seen, instants = one.window.planned.timestamp_us, one.window.planned.instants_us
-        true = seen + one.origin_us - 30_000
+        origin_us = one.ended_us - one.window.planned.end_us
+        true = seen + origin_us - 30_000
         assert set((true[:, 0] % 50_000).tolist()) == {0}
         assert set((true[:, 1] % 50_000).tolist()) == {20_000}
         assert (np.diff(true, axis=0) == 100_000).all()
         assert ((instants[:, None] - seen >= 0) & (instants[:, None] - seen < 50_000)).all()
-        assert one.taken_us == seen[-1].max() + one.origin_us
+        assert one.taken_us == seen[-1].max() + origin_us
     assert both.troubles == {}
 
 
@@ -239,8 +311,45 @@ def test_a_clock_that_runs_away_is_set_again_before_it_is_far_off():
     assert len(ready) > 900
     for one in ready:
         planned = one.window.planned
-        true_us = 1_000_000 + planned.frame_index * 50_000 - one.origin_us
-        assert np.abs(planned.timestamp_us - true_us).max() < 80_000
+        true_us = 1_000_000 + planned.frame_index * 50_000
+        assert np.abs(planned.timestamp_us - planned.end_us + one.ended_us - true_us).max() < 130_000
+
+
+def test_of_one_camera_a_clock_that_runs_away_is_no_latency():
+    """400 s, in which it loses 1 ms a second: of that no more is taken for delay than two intervals of it."""
+    one = a_feed(waiting=2000)
+    for k in range(8000):
+        one.accept(0, frame(round(k * 50_000 * 0.999), 1_000_000 + k * 50_000))
+    ready = one.take(None)
+    assert len(ready) > 1900
+    for window in ready:
+        planned = window.window.planned
+        arrived_us = 1_000_000 + int(planned.frame_index[-1, 0]) * 50_000
+        assert 0 <= arrived_us - window.taken_us <= 21_000
+    assert one.troubles == {}
+
+
+def test_no_window_of_a_burst_ends_before_it_came():
+    """A server first gives the 2 s that it held back, then plays live."""
+    one, late_us = a_feed(stride=1), 30_000
+    for k in range(80):
+        one.accept(0, frame(k * 50_000, max(40, k) * 50_000 + late_us))
+    ready = one.take(None)
+    for window in ready:
+        newest = int(window.window.planned.frame_index[-1, 0])
+        assert window.taken_us <= max(40, newest) * 50_000 + late_us
+        assert window.ended_us <= max(40, newest + 1) * 50_000 + late_us
+    ended_us = [window.ended_us for window in ready if window.window.planned.end_us > 2_100_000]
+    assert len(ended_us) > 10
+    assert set(np.diff(ended_us)) == {100_000}
+
+
+def test_from_the_deadline_on_no_window_is_taken_not_even_one_that_is_whole():
+    one = a_feed()
+    for k in range(20):
+        one.accept(0, frame(k * 50_000, k * 50_000))
+    assert one.take(time.monotonic()) == []
+    assert one.take(time.monotonic() + 20)
 
 
 def test_a_clock_that_jumps_is_set_again_and_one_that_goes_back_a_little_waits():
@@ -348,8 +457,7 @@ def test_the_answers_about_a_stream_are_those_about_its_file(video, tmp_path):
     late = [line["latency_s"] for line in lines]
     assert clip["latency_s"]["median"] == pytest.approx(np.median(late), abs=1e-6)
     assert all(0 < one < 60 for one in late)
-    assert abs(lines[-1]["end_unix_us"] / 1e6 - time.time()) < 60
-    assert np.diff([line["end_unix_us"] for line in lines]) == pytest.approx(200_000, abs=20_000)
+    assert 0 <= time.time() - lines[-1]["end_unix_us"] / 1e6 < 60
     assert files.verified_receipt(tmp_path / "live" / Path(clip["file"]).name, expect={"windows": len(lines)})
 
 
@@ -361,7 +469,7 @@ def test_the_pictures_of_a_live_window_are_those_of_the_file_bit_for_bit(video, 
     expected = list(views.tiled_pictures(recording, preprocess, windows))
     with served(over_http([video])) as port:
         address = live_address(f"http://127.0.0.1:{port}/")
-        reading = Reading([address], preprocess.fit_in_cell, lambda one: preprocess.in_cell(one)[None], 5.0, 0, 100)
+        reading = Reading([address], preprocess.fit_in_cell, lambda one: preprocess.in_cell(one)[None], 20.0, 0, 100)
         with Feed(reading, LiveWindows(1, 10.0, 4, 2, TOLERANCE_US), QUIET) as one:
             ready = _all(one)
     assert len(ready) == len(expected) > 5
@@ -393,26 +501,94 @@ def test_so_many_windows_of_a_clip_are_answered_at_a_time(video, tmp_path):
 
 
 class Slow(Vlm):
-    """A model that is busy with its first answer until all has come."""
+    """A model that is busy with its first answer until the stream has been read to its end."""
 
     def predict(self, built, rows, preprocess):
-        ALL_SENT.wait(20)
+        until_s = time.monotonic() + 20
+        while not FEEDS[-1].ended and time.monotonic() < until_s:
+            time.sleep(0.01)
         return super().predict(built, rows, preprocess)
 
 
-ALL_SENT = threading.Event()
+class Noted(Feed):
+    """A feed that a test can look at."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        FEEDS.append(self)
 
 
-def test_a_slow_model_answers_the_newest_window_and_the_rest_are_counted(tmp_path):
-    ALL_SENT.clear()
+FEEDS: list[Feed] = []
+
+
+def test_a_slow_model_answers_the_newest_window_and_the_rest_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(live, "Feed", Noted)
     long = encoded(pictures(200), regular(200))
     recipe = Slow(**dict(tiny()))
-    with served(over_http([long, lambda: time.sleep(0.3), ALL_SENT.set])) as port:
+    with served(over_http([long])) as port:
         (clip,) = ask_live(tmp_path, f"http://127.0.0.1:{port}/", recipe)["clips"]
     total = (100 - 4) // 2 + 1
     assert clip["windows"] + clip["dropped"][TOO_SLOW] == total
-    assert 2 <= clip["windows"] <= 4
+    assert clip["windows"] == 2
     assert lines_in(tmp_path)[-1]["end_us"] == (total - 1) * 200_000 + 300_000
+
+
+class Hungry(Vlm):
+    """A model that is slower than its camera: while it answers, the next windows come."""
+
+    def predict(self, built, rows, preprocess):
+        HUNGRY.set()
+        time.sleep(0.05)
+        return super().predict(built, rows, preprocess)
+
+
+HUNGRY = threading.Event()
+
+
+def test_it_stops_after_so_many_seconds_though_windows_always_wait(tmp_path):
+    """The stream has an end, for a test must: a hundred answers away, of a twentieth of a second or more."""
+    content, recipe = encoded(pictures(840), regular(840)), Hungry(**dict(tiny()))
+    over = threading.Event()
+    size = len(content) // 105 // 188 * 188
+
+    def more() -> None:
+        while not (over.is_set() or HUNGRY.wait(0.05)):
+            continue
+        HUNGRY.clear()
+
+    pieces = [content[at : at + size] for at in range(5 * size, len(content), size)]
+    steps = [content[: 5 * size], *(step for piece in pieces for step in (more, piece))]
+    with served(over_http(steps)) as port:
+        limits = Limits(seconds=0.5, patience_s=20)
+        (clip,) = ask_live(tmp_path, f"http://127.0.0.1:{port}/", recipe, limits=limits)["clips"]
+        over.set()
+    assert clip["ended"] == "done"
+
+
+def test_two_watches_of_one_second_have_a_file_each_and_one_without_answers_none(tmp_path):
+    several = [Lines(tmp_path, ["rtsp://host"]) for _ in range(3)]
+    assert len({one.path for one in several}) == 3
+    for one in several:
+        one.close()
+        assert one.facts["file"] is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_answers_no_file_is_named(video, tmp_path, capsys):
+    recipe, request = tiny(), InferRequest((), out=tmp_path)
+    with served(over_http([video[: len(video) // 8]])) as port:
+        url = f"http://127.0.0.1:{port}/"
+        asked = ask(recipe, subject_of_base(recipe), replace(request, clips=(url,)), PATIENT, Console())
+    assert asked["clips"][0]["file"] is None
+    assert capsys.readouterr().err.splitlines()[-1].endswith("has ended: 0 answers (nothing was written)")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_forced_is_counted_only_where_answers_are_held(video, tmp_path):
+    for constrained in (True, False):
+        with served(over_http([video])) as port:
+            result = ask_live(tmp_path / str(constrained), f"http://127.0.0.1:{port}/", constrained=constrained)
+        assert ("forced" in result["clips"][0]) is constrained
 
 
 def test_a_stream_that_stalls_ends_in_one_line_and_its_answers_are_kept(video, tmp_path, capsys):
@@ -420,12 +596,12 @@ def test_a_stream_that_stalls_ends_in_one_line_and_its_answers_are_kept(video, t
     words = ["--profile", "cpu-tiny", "--set", f"sample.cameras={FRONT}", "--set", "sample.labels=speed", "--json"]
     with served(over_http([video, lambda: done.wait(20)])) as port:
         url = f"http://user:geheim@127.0.0.1:{port}/live/x?token=geheim"
-        assert omni(["infer", url, *words, "--patience", "1", "--out", str(tmp_path), "--stride", "4"]) == 1
+        assert omni(["infer", url, *words, "--patience", "2", "--out", str(tmp_path), "--stride", "4"]) == 1
         done.set()
     captured = capsys.readouterr()
     last = captured.err.splitlines()[-1]
-    shown = rf"http://127.0.0.1:{port}/live/x"
-    assert last.startswith(f"error: {shown}: no sound picture for 1 s; is the camera still on?; ")
+    shown = live_address(url).title
+    assert last.startswith(f"error: {shown}: no sound picture for 2 s; is the camera still on?; ")
     lines = lines_in(tmp_path)
     assert f"{len(lines)} answer" in last
     (path,) = tmp_path.glob("*.jsonl")
@@ -483,20 +659,19 @@ def test_it_stops_after_so_many_answers_or_seconds(video, tmp_path):
         (["/dev/none"], {}, UsageError, "/dev/none: no such device; ls /dev/video"),
         (["/dev/shm"], {}, DataError, "/dev/shm: no camera but a file"),
         (["/dev/null"], {}, DataError, "/dev/null: no camera; give a device such as /dev/video0"),
-        (["rtsp://h%20x/a"], {}, OmniError, "cannot be reached"),
     ],
 )
 def test_what_is_no_live_camera_is_one_line(tmp_path, words, changes, error, message):
     recipe = tiny()
     with pytest.raises(error, match=message):
-        ask(recipe, subject_of_base(recipe), InferRequest(tuple(words), out=tmp_path, **changes), SPEEDY, QUIET)
+        ask(recipe, subject_of_base(recipe), InferRequest(tuple(words), out=tmp_path, **changes), PATIENT, QUIET)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_host_that_does_not_answer_is_one_line_before_the_model_is_loaded(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
-    with pytest.raises(OmniError, match=rf"^rtsp://127.0.0.1:{port}/a: cannot be reached \(connection refused\)"):
+    with pytest.raises(OmniError, match=rf"^rtsp://127.0.0.1:{port} .*: cannot be reached \(connection refused\)"):
         check_there(live_address(f"rtsp://user:geheim@127.0.0.1:{port}/a"), 1.0)
     with pytest.raises(UsageError, match="the model looks at 4 cameras; give --camera NAME=URL for each, or --tiled"):
         ask_live(tmp_path, "rtsp://h/a", tiny(sample=VlmSample(cameras="4-cam", window=4, canvas_px=112)))
@@ -507,6 +682,9 @@ def test_a_host_that_does_not_answer_is_one_line_before_the_model_is_loaded(tmp_
         pytest.raises(DataError, match="sends no video"),
     ):
         received(f"http://127.0.0.1:{port}/")
-    with served(lambda connection: time.sleep(1)) as port, pytest.raises(OmniError, match=r"no answer for 0\.5 s"):
-        received(f"http://127.0.0.1:{port}/", patience_s=0.5)
+    done = threading.Event()
+    with served(lambda connection: done.wait(20)) as port:
+        with pytest.raises(OmniError, match=r"no answer for 0\.5 s"):
+            received(f"http://127.0.0.1:{port}/", patience_s=0.5)
+        done.set()
     assert issubclass(StreamLostError, OmniError)

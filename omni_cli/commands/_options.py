@@ -44,16 +44,30 @@ RunOption = Annotated[
 ]
 
 
+def typed_options(context: typer.Context) -> list[str]:
+    """Return the options that a user typed, in the order of the help; those of the environment are none of them."""
+    return [
+        option.opts[0]
+        for option in context.command.params
+        if option.opts[0].startswith("--") and _is_typed(context, option.name or "")
+    ]
+
+
+def _is_typed(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def named_places(texts: Sequence[str]) -> dict[str, str]:
     """Read `NAME=FILE` texts; of a live camera the place is a URL.
 
     Raises:
-        UsageError: one has no `=`, or a name is given twice.
+        UsageError: one has no name or no `=`, or a name is given twice.
     """
     pairs = [text.partition("=") for text in texts]
     for text, (name, equals, file) in zip(texts, pairs, strict=True):
-        if not (name and equals and file):
-            shown = "" if ":/" in text else f" {text}"  # a URL may hold a password
+        if not (name and equals and file) or _is_like_url(name):
+            shown = "" if _is_like_url(text) else f" {text}"  # which may hold a password
             raise UsageError(
                 f"--camera{shown}: expected NAME=FILE, for example --camera camera_front_wide_120fov=a.mp4"
             )
@@ -61,6 +75,10 @@ def named_places(texts: Sequence[str]) -> dict[str, str]:
     if len(named) < len(texts):
         raise UsageError("--camera: a camera is named twice; give one file for each")
     return named
+
+
+def _is_like_url(text: str) -> bool:
+    return "@" in text or ":/" in text or "//" in text
 
 
 def parse_share(text: str | None) -> tuple[int, int] | None:

@@ -61,7 +61,8 @@ def command(
     One file is the view of a one-camera model. A model that looks at several cameras takes --camera for each, a folder
     with a file named after each, the id of a recording, or --tiled. With no run and no model it asks the profile's base
     model, zero-shot. A live camera is rtsp://HOST/STREAM, another URL, or /dev/video0: where the model is slower, the
-    newest window is answered and the others are counted.
+    newest window is answered and the others are counted. Ctrl-C ends a watch with exit code 0, SIGTERM with 75; what
+    was answered is kept. Of a URL the host and the port alone are shown, and a few signs that stand for the rest.
     """
     from omni_cli.commands._subject import open_subject
     from omni_cli.report import Console

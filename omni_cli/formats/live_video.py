@@ -5,8 +5,10 @@ is damaged, or was made of a damaged one, is never shown: after a loss nothing i
 """
 
 import errno
+import hashlib
 import math
 import os
+import re
 import socket
 import stat
 import time
@@ -34,6 +36,8 @@ _OPTIONS = {
     # a playlist from outside must not lead to files of this machine
     "protocol_whitelist": "rtp,srtp,udp,tcp,tls,dtls,http,https,httpproxy,crypto,rtmp,rtmps",
 }
+_LISTENING = ("tcp", "udp", "rtp")  # may name a port of this machine alone
+_HASH_LENGTH = 6  # hexadecimal digits
 _UNTIMED_LIMIT = 50  # frames, from the first one on
 _UNDER_WAY = 64  # packets whose frames a decoder still holds, at most
 
@@ -44,7 +48,7 @@ class StreamLostError(OmniError):
 
 @dataclass(frozen=True)
 class Address:
-    """Where a live camera is. Its URL may hold a password or a token: `title` alone is shown or written."""
+    """Where a live camera is. Its URL may hold a password or a token anywhere: `title` alone is shown or written."""
 
     url: str = field(repr=False)
     title: str
@@ -68,7 +72,7 @@ def live_address(word: str) -> Address | None:
     """Return what a user's word names, if it is a live camera: a URL, or a device under /dev.
 
     Raises:
-        UsageError: it is a URL of a kind that is not read.
+        UsageError: it is a URL of a kind that is not read, or names no host.
     """
     if word.startswith(_DEVICES):
         return Address(word, word)
@@ -77,9 +81,11 @@ def live_address(word: str) -> Address | None:
         raise UsageError(f"{scheme.partition(':')[0]}: such a URL begins with ://, for example rtsp://HOST/STREAM")
     if not mark:
         return None
+    if not re.fullmatch("[A-Za-z0-9+.-]+", scheme):
+        raise UsageError("such a URL begins with SCHEME://, for example rtsp://HOST/STREAM (it is not shown)")
     if scheme.lower() not in SCHEMES:
         raise UsageError(f"{scheme}://: no such live stream; expected one of {', '.join(SCHEMES)}, or /dev/video0")
-    return Address(word, f"{scheme.lower()}://{_public(rest)}")
+    return Address(word, _title(word, scheme.lower(), rest))
 
 
 def check_there(address: Address, patience_s: float) -> None:
@@ -122,6 +128,8 @@ def live_frames(
         stream = video_stream(container, address.title)
         stream.thread_type = "NONE"
         size_px = stream.width, stream.height
+        if not all(size_px):
+            raise DataError(f"{address.title}: sent no keyframe for long; set its camera to one every second or two")
         to_rgb = rgb_scaler(stream, size_of(*size_px))
         for frame, arrived_us in _sound_frames(container, stream, address.title, patience_s, counted):
             if (frame.width, frame.height) != size_px:
@@ -243,23 +251,12 @@ def _opened(address: Address, patience_s: float) -> Iterator[av.container.InputC
 
 
 def _knock(address: Address, patience_s: float) -> None:
-    host, port = _host(address)
+    found = urlsplit(address.url)
     try:
-        socket.create_connection((host, port), timeout=patience_s).close()
+        socket.create_connection((found.hostname, found.port or _RTSP_PORT), timeout=patience_s).close()
     except OSError as error:
         why = error.strerror or str(error) or "no answer"
         raise OmniError(f"{address.title}: cannot be reached ({why.lower()}); check the address") from None
-
-
-def _host(address: Address) -> tuple[str, int]:
-    try:
-        found = urlsplit(address.url)
-        host, port = found.hostname, found.port
-    except ValueError:
-        host, port = None, None
-    if not host:
-        raise UsageError(f"{address.title}: names no host; expected rtsp://HOST/STREAM, a password percent-encoded")
-    return host, port or _RTSP_PORT
 
 
 def _check_device(device: str) -> None:
@@ -272,14 +269,41 @@ def _check_device(device: str) -> None:
         raise OmniError(f"{device}: permission denied; ask for the right to it (often: join the group video)")
 
 
-def _public(rest: str) -> str:
-    """Return of a URL behind its scheme what is no secret: the host, the port, and the path until anything is assigned.
+def _title(url: str, scheme: str, rest: str) -> str:
+    """Return of a URL what is no secret: the host and the port; a hash tells paths apart, which may hold a password.
 
-    A password may hold any sign, and some cameras take it in the path: rtsp://host/user=admin&password=x.
+    Raises:
+        UsageError: it has no host, or none that can be looked up.
     """
-    plain = rest.rpartition("@")[2]
-    for mark in "?#;&":
-        plain = plain.partition(mark)[0]
-    host, *path = plain.split("/")
-    kept = path[: next((at for at, part in enumerate(path) if "=" in part), len(path))]
-    return "/".join([host, *kept]).rstrip("/")
+    try:
+        host, port = _host(url, scheme)
+    except ValueError:
+        raise UsageError(
+            f"{scheme}://: such a URL needs a host, and a port up to 65535 if any: {scheme}://HOST:PORT/STREAM; "
+            "of a password, percent-encode @ : / ? # (it is not shown)"
+        ) from None
+    authority = re.split("[/?#]", rest, maxsplit=1)[0]
+    behind = rest[len(authority) :]
+    is_sure = "@" in authority or "@" not in behind  # else what looks like a port may be a password: user:1/2@host
+    shown = f"{host}:{port}" if port and is_sure else host
+    if not behind.strip("/"):
+        return f"{scheme}://{shown}"
+    return f"{scheme}://{shown} ({hashlib.sha256(os.fsencode(behind)).hexdigest()[:_HASH_LENGTH]})"
+
+
+def _host(url: str, scheme: str) -> tuple[str, int | None]:
+    """Return the host of a URL, an address of IPv6 in brackets, and its port.
+
+    Raises:
+        ValueError: there is none, or it cannot be one.
+    """
+    found = urlsplit(url)
+    host, port = found.hostname or "", found.port
+    if port == 0 or not (host or (port and scheme in _LISTENING)):
+        raise ValueError
+    if ":" in host:
+        return f"[{host}]", port
+    if not re.fullmatch(r"[\w.-]*", host):
+        raise ValueError
+    host.encode("idna")  # labels that are empty or too long are a UnicodeError, which is a ValueError
+    return host, port

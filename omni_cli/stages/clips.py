@@ -76,6 +76,9 @@ def _named_views(preprocess: Preprocess, cameras: Mapping[str, Path], *, tiled: 
     if missing := [name for name in preprocess.cameras if name not in cameras]:
         raise UsageError(f"missing {', '.join(missing)}: {_needed(preprocess)}")
     ordered = {name: cameras[name] for name in preprocess.cameras}
+    for name, path in ordered.items():
+        if not path.is_file():
+            _check_no_secret(str(path), f"--camera {name}: ")
     return Clip(next(iter(ordered.values())).stem, partial(video_recording, ordered))
 
 
@@ -87,7 +90,14 @@ def _clips_of(word: str, preprocess: Preprocess, data: Path, *, tiled: bool) -> 
         raise UsageError(f"{path}: holds no video ({', '.join(_VIDEO_SUFFIXES)}); name files, or another folder")
     if path.is_file():
         return [_file_clip(path, preprocess, tiled=tiled)]
+    _check_no_secret(word)
     return [_recording_clip(word, preprocess, data, tiled=tiled)]
+
+
+def _check_no_secret(word: str, option: str = "") -> None:
+    """Refuse, without showing it, what is no file and may be a mistyped URL with a password in it."""
+    if "@" in word and ("/" in word or ":" in word):
+        raise UsageError(f"{option}no such file (a word with an @ is not shown); a live camera is rtsp://HOST/STREAM")
 
 
 def _folder_clips(folder: Path, preprocess: Preprocess, *, tiled: bool) -> list[Clip]:

@@ -137,7 +137,8 @@ class _Watcher:
         self._tell(feed)
         if feed.failure is not None:
             raise self._failed(feed.failure)
-        self.console.say(f"{ended}: {counted(self.lines.count, 'answer')} in {self.lines.path}")
+        where = f"in {self.lines.path}" if self.lines.count else "(nothing was written)"
+        self.console.say(f"{ended}: {counted(self.lines.count, 'answer')} {where}")
         clip = {**self.lines.facts, "dropped": dict(feed.windows.dropped), "troubles": feed.troubles, "ended": ended}
         return {"clips": [{**clip, "overlay": None}], "failed": 0, "failures": {}}
 

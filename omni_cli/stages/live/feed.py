@@ -30,7 +30,7 @@ class Ready:
 
     window: LiveWindow
     taken_us: int  # when its newest frame was taken, as far as its arrival tells; this machine's monotonic clock
-    origin_us: int  # the 0 of the windows' clock, on that
+    ended_us: int  # when its last instant was, likewise
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,15 @@ class Feed:
         """Wait for windows; return those that are whole, the oldest first, or none where no more will come.
 
         Args:
-            until_s: on the clock of `time.monotonic`: no longer than that.
+            until_s: on the clock of `time.monotonic`: from then on none is returned, not even one that is whole.
         """
         with self._changed:
-            while not (self._ready or self.ended or self.failure):
-                left_s = None if until_s is None else until_s - time.monotonic()
-                if left_s is not None and left_s <= 0:
-                    return []
-                self._changed.wait(left_s)
+            while until_s is None or time.monotonic() < until_s:
+                if self._ready or self.ended or self.failure:
+                    break
+                self._changed.wait(None if until_s is None else max(0.0, until_s - time.monotonic()))
+            else:
+                return []
             taken = list(self._ready)
             self._ready.clear()
         return taken
@@ -166,7 +167,7 @@ class Feed:
         if one.clock.jumped_us(frame.pts_us, frame.arrived_us) > self.reading.patience_s * 1e6:
             self._set_again(one)
         one.clock.note(frame.pts_us, frame.arrived_us)
-        if len(self._inputs) > 1 and abs(one.clock.drift_us(frame.arrived_us)) > self.windows.max_age_us // 2:
+        if len(self._inputs) > 1 and abs(one.clock.drift_us) > self.windows.max_age_us // 2:
             self._set_again(one)
             one.clock.note(frame.pts_us, frame.arrived_us)
         one.newest = frame
@@ -212,14 +213,15 @@ class Feed:
             if len(self._ready) == self.reading.waiting:
                 self._ready.popleft()
                 self.windows.dropped[TOO_SLOW] += 1
-            self._ready.append(Ready(window, self._taken_us(window), self._origin_us))
+            self._ready.append(self._timed(window, self._origin_us, frame.arrived_us))
             self._changed.notify_all()
 
-    def _taken_us(self, window: LiveWindow) -> int:
-        """Return when a window's newest frame was taken: by its stated time, and the shortest delay until now."""
-        assert self._origin_us is not None
-        late = [(one.clock.shortest_us or 0) - (one.clock.offset_us or 0) for one in self._inputs]
-        return int(np.max(window.planned.timestamp_us[-1] + np.array(late))) + self._origin_us
+    def _timed(self, window: LiveWindow, origin_us: int, arrived_us: int) -> Ready:
+        """Say when a window was: by the stated times and the shortest delays of late, and not after it was whole."""
+        late = np.array([one.clock.late_us for one in self._inputs])
+        taken_us = origin_us + int(np.max(window.planned.timestamp_us[-1] + late))
+        ended_us = origin_us + window.planned.end_us + int(np.max(late))
+        return Ready(window, min(taken_us, arrived_us), min(ended_us, arrived_us))
 
 
 @dataclass

@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,28 +21,34 @@ _NAME_LENGTH = 80  # characters
 
 @dataclass
 class Lines:
-    """A JSONL file that grows by a line an answer; it is there from the first one on, its receipt at the end."""
+    """A JSONL file that grows by a line an answer; its receipt is there at the end. Without an answer there is none."""
 
     out: Path
     titles: Sequence[str]  # of the cameras, fit to be shown
     latency_s: list[float] = field(default_factory=list)
     unreadable: int = 0
-    forced: int = 0
-    _began: str = field(default_factory=lambda: time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()))
-    _stream: TextIO | None = None
+    forced: int | None = None  # None where no answer is held to its format
+    path: Path = field(init=False)
+    _stream: TextIO = field(init=False)
     _shown_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Open a file of its own: another watch may have begun in the same second."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        began = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        stem = f"{re.sub('[^A-Za-z0-9_]+', '-', self.titles[0])[:_NAME_LENGTH].strip('-')}-{began}"
+        for number in count(1):
+            self.path = self.out / (f"{stem}.jsonl" if number == 1 else f"{stem}-{number}.jsonl")
+            try:
+                self._stream = self.path.open("x", encoding="utf-8")
+            except FileExistsError:
+                continue
+            return
 
     @property
     def title(self) -> str:
         """What the cameras are called in each line."""
         return ", ".join(self.titles)
-
-    @property
-    def path(self) -> Path:
-        """The file: of each watch one of its own."""
-        return (
-            self.out / f"{re.sub('[^A-Za-z0-9_]+', '-', self.titles[0])[:_NAME_LENGTH].strip('-')}-{self._began}.jsonl"
-        )
 
     @property
     def count(self) -> int:
@@ -57,23 +64,22 @@ class Lines:
             "clip": self.title,
             "windows": self.count,
             "unreadable": self.unreadable,
-            "forced": self.forced,
             "latency_s": latency,
         }
-        return {**facts, "file": str(self.path) if self.count else None}
+        forced = {} if self.forced is None else {"forced": self.forced}
+        return {**facts, **forced, "file": str(self.path) if self.count else None}
 
     def append(self, line: dict[str, Any], of: Ready) -> None:
         """Write an answer, when its window ended by the wall clock, and how late it is."""
-        now_us = monotonic_us()
+        now_us, now_unix_us = monotonic_us(), time.time_ns() // 1000
         latency_s = (now_us - of.taken_us) / 1e6
-        end_unix_us = time.time_ns() // 1000 - (now_us - of.origin_us - of.window.planned.end_us)
-        timed = {**line, "end_unix_us": end_unix_us, "latency_s": round(latency_s, 6)}
-        stream = self._open()
-        stream.write(json.dumps(timed, ensure_ascii=False, allow_nan=False) + "\n")
-        stream.flush()
+        timed = {**line, "end_unix_us": now_unix_us - (now_us - of.ended_us), "latency_s": round(latency_s, 6)}
+        self._stream.write(json.dumps(timed, ensure_ascii=False, allow_nan=False) + "\n")
+        self._stream.flush()
         self.latency_s.append(latency_s)
         self.unreadable += line["values"] is None
-        self.forced += line.get("forced", False)
+        if "forced" in line:
+            self.forced = (self.forced or 0) + line["forced"]
 
     def seldom(self, say: Callable[[], None]) -> None:
         """Speak, if the last time was a while ago."""
@@ -82,13 +88,9 @@ class Lines:
             say()
 
     def close(self, **facts: Any) -> None:
-        """Close the file and write its receipt, if there was any answer."""
-        if self._stream is not None:
-            self._stream.close()
+        """Close the file and write its receipt; take it away if there was no answer."""
+        self._stream.close()
+        if self.count:
             files.write_receipt(self.path, windows=self.count, **facts)
-
-    def _open(self) -> TextIO:
-        if self._stream is None:
-            self.out.mkdir(parents=True, exist_ok=True)
-            self._stream = self.path.open("x", encoding="utf-8")
-        return self._stream
+        else:
+            self.path.unlink()
