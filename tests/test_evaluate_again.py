@@ -21,6 +21,7 @@ from omni_cli.stages.evaluate import (
     EvalRequest,
     candidate_of_run,
     check_leak,
+    compare,
     evaluate,
     measure,
     table_of,
@@ -98,6 +99,21 @@ def test_held_answers_have_a_report_of_their_own_that_says_so(made, capsys):
     assert skipped
     assert Path(free["report"]).parent != Path(result["report"]).parent
     assert (free["constrained"], free["conditions"][0]["unreadable"]) == (False, 1.0)
+
+
+def test_a_comparison_of_held_answers_stands_beside_that_of_free_ones(made, tmp_path):
+    """Neither replaces a file of the other."""
+    twin = tmp_path / "runs" / "twin"
+    shutil.copytree(made.run.folder, twin)
+    both = [candidate_of_run(made.recipe, run) for run in (made.run, runs.open_finished(twin))]
+    free = compare(both, SEEING, tmp_path / "both", QUIET)
+    written = {file: file.read_bytes() for file in (tmp_path / "both").iterdir()}
+    held = compare(both, replace(SEEING, constrained=True), tmp_path / "both", QUIET)
+    names = [f"comparison{held}.{kind}" for held in ("", "-constrained") for kind in ("html", "json", "png")]
+    assert sorted(file.name for file in (tmp_path / "both").iterdir()) == sorted(names)
+    assert all(file.read_bytes() == before for file, before in written.items())
+    assert (Path(free["report"]).name, Path(held["report"]).name) == (names[0], names[3])
+    assert files.read_json(tmp_path / "both" / names[4])["constrained"]
 
 
 def test_numbers_have_no_format_to_be_held_to(made):

@@ -65,6 +65,29 @@ def test_whatever_labels_are_rendered_to_is_in_the_grammar(labels, motion, path_
     assert FORMATS[labels].grammar.holds(render_answer(labels, targets))
 
 
+PLAIN = st.from_regex(r"-?[0-9]{1,6}(\.[0-9]{1,6})?", fullmatch=True)
+OF_A_PATH = st.from_regex(r"-?[0-9]{1,3}\.[0-9]", fullmatch=True)
+ODD = st.from_regex(r"[ +-]{0,2}[0-9]{0,7}\.?[0-9]{0,7}", fullmatch=True)
+STATED = re.compile(r"-?[0-9]+(\.[0-9]+)?")
+
+
+@pytest.mark.parametrize("labels", FORMATS)
+@given(data=st.data())
+@settings(max_examples=100)
+def test_in_the_words_of_the_labels_the_grammar_holds_what_is_read_and_nothing_else(labels, data) -> None:
+    """However a number is written: signed, with zeros before it, whole, with few decimals or many."""
+    zero = render_answer(labels, FORMATS[labels].zero)
+    stated, of_a_path = len(STATED.findall(zero)), "Waypoints" in zero
+    numbers = data.draw(st.lists(OF_A_PATH if of_a_path else PLAIN, min_size=stated, max_size=stated))
+    if data.draw(st.booleans()):
+        numbers[data.draw(st.integers(0, stated - 1))] = data.draw(PLAIN | ODD)
+    if labels == "ego-motion":
+        numbers[2] = numbers[1]  # the displacement, which is said twice
+    left = iter(numbers)
+    text = STATED.sub(lambda _: next(left), zero)
+    assert FORMATS[labels].grammar.holds(text) == (parse_answer(labels, text) is not None)
+
+
 @pytest.mark.parametrize("labels", FORMATS)
 def test_a_grammar_always_reaches_its_end(labels) -> None:
     """If each byte is a token, what is said, the tags and the longest thought fit into its most tokens."""
@@ -99,6 +122,56 @@ def test_noise_held_to_a_grammar_is_an_answer_in_it(labels, added) -> None:
     assert held.tokens == [len(answer) + 1 for answer in answers]
     if added and form.thought_tokens:
         assert all(of.encode(tag)[0] in answer for answer in answers for tag in added)
+
+
+PATH = "Waypoints:" + 11 * " 000.0,-0.0" + " 007.5,-03.2 999.9,-999.9"
+
+
+@pytest.mark.parametrize(
+    ("labels", "wish"),
+    [
+        ("speed", "Speed 7 m/s."),
+        ("speed", "Speed 12 m/s."),
+        ("speed", "Speed 12.5 m/s."),
+        ("speed", "Speed -3 m/s."),
+        ("speed", "Speed -123456.123456 m/s."),
+        ("ego-motion", "<think>\nAvg Velocity: 5.2m/s. Total displacement: 42m.\n</think>\n"
+         "Action: Displacement of 42 meters."),
+        ("ego-motion", "<think>\nAvg Velocity: 05.234m/s. Total displacement: -0.5m.\n</think>\n"
+         "Action: Displacement of -0.50 meters."),
+        ("waypoints", PATH),
+        ("reasoning", f"<think>\nIt is 7 m to the bend.\n</think>\n{PATH}"),
+    ],
+)  # fmt: skip
+def test_an_answer_that_is_read_anyhow_is_never_changed(labels, wish) -> None:
+    """Another number would be no answer of the model's; one in other digits than labels have is as good."""
+    assert parse_answer(labels, wish) is not None
+    of, form = tokenizer(), FORMATS[labels].grammar
+    held = Grammar(form.lark, form.most_tokens, of, ANSWER_END).over(1)
+    wished, ids = of.encode(wish + ANSWER_END), torch.zeros((1, 1), dtype=torch.long)
+    for token in wished:
+        scores = torch.zeros((1, len(of)))
+        scores[0, token] = 1.0
+        ids = torch.cat([ids, held(ids, scores).argmax(1, keepdim=True)], 1)
+    assert of.decode(ids[0, 1:]) == wish + ANSWER_END
+    assert (held.off_grammar, held.tokens) == ([0], [len(wished)])
+    assert len(wished) <= min(form.most_tokens, FORMATS[labels].max_tokens)
+
+
+def test_a_model_of_nans_is_refused_where_a_grammar_would_make_numbers_of_it() -> None:
+    """Also after good tokens; not where the answer of that row has ended, for what follows is padding."""
+    of, form = tokenizer(), FORMATS["speed"].grammar
+    held = Grammar(form.lark, form.most_tokens, of, ANSWER_END).over(2)
+    short, long = (of.encode(f"Speed {number} m/s.{ANSWER_END}") for number in ("7", "123456.123456"))
+    ids = torch.zeros((2, 1), dtype=torch.long)
+    for tokens in zip([*short, of.pad_token_id], long, strict=False):
+        scores = torch.nn.functional.one_hot(torch.tensor(tokens), len(of)).float()
+        scores[0] += torch.nan if len(ids[0]) > len(short) else 0.0
+        ids = torch.cat([ids, held(ids, scores).argmax(1, keepdim=True)], 1)
+    assert held.tokens == [len(short), len(short) + 1]
+    scores[1, 5] = torch.nan
+    with pytest.raises(DataError, match=r"scores its next token NaN, so that no answer is its own: .* or in float32"):
+        held(ids, scores)
 
 
 def test_a_thought_is_closed_when_its_budget_is_used_up() -> None:

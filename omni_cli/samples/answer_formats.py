@@ -6,8 +6,10 @@ Qwen's tokenizers give each digit a token, so that 64 in full would cost some 60
 number of waypoints at fixed times is what a parser can check, and half seconds are what 2 Hz benchmarks score.
 
 Beside its parser each format has a grammar, to which a model can be held while it answers: every text of the grammar is
-read by the parser, and every text that targets are rendered to is in the grammar. A thought is free where the labels'
-own is free text; where it states the numbers that are read, as of ego motion, it is as fixed as they are.
+read by the parser, and every text that targets are rendered to is in the grammar. So is any other that the parser reads
+in the same words, for a model that is held must not say another number than when it is free; hence both read numbers by
+one pattern. A thought is free where the labels' own is free text; where it states the numbers that are read, as of ego
+motion, its words are as fixed as theirs.
 """
 
 import re
@@ -24,14 +26,14 @@ from omni_cli.scene.clock import Float64Array
 GRID_S = np.arange(1, 65) * 0.1  # of the waypoints that are stored
 SPOKEN = (*range(4, 60, 5), 63)  # which of them are said: 0.5, 1 ... 6 and 6.4 s
 _SPOKEN_S = GRID_S[list(SPOKEN)]
-_NUMBER = r"(-?\d{1,6}(?:\.\d{1,6})?)"
-_EGO_MOTION = re.compile(rf"Avg Velocity: {_NUMBER}m/s\. Total displacement: {_NUMBER}m\.")
-_SPEED = re.compile(rf"Speed {_NUMBER} m/s\.")
-_PATH = rf"Waypoints:((?: -?\d{{1,3}}\.\d,-?\d{{1,3}}\.\d){{{len(SPOKEN)}}})(?![\d.,-])(?! -?\d)"
+_NUMBER = r"-?[0-9]{1,6}(?:\.[0-9]{1,6})?"
+_METRES = r"-?[0-9]{1,3}\.[0-9]"  # of a path
+_EGO_MOTION = re.compile(rf"Avg Velocity: ({_NUMBER})m/s\. Total displacement: ({_NUMBER})m\.")
+_SPEED = re.compile(rf"Speed ({_NUMBER}) m/s\.")
+_PAIRS = f"(?: {_METRES},{_METRES}){{{len(SPOKEN)}}}"
+_PATH = rf"Waypoints:({_PAIRS})(?![\d.,-])(?! -?\d)"
 _WAYPOINTS = re.compile(_PATH)
 _REASONING = re.compile(rf"<think>\n([^\n]+)\n</think>\n{_PATH}")
-_WHOLE = "-?(0|[1-9][0-9]{0,5})"
-_SHORT = r"-?(0|[1-9][0-9]{0,2})\.[0-9]"
 _EXAMPLE = "Slow down to 00 m/s because the road bends to the left ahead."
 
 
@@ -140,18 +142,18 @@ _PARKED = {"future_xyz_m": np.zeros(3 * len(GRID_S)), "reasoning": _EXAMPLE}
 _WHERE = "Where is it 0.5, 1.0 ... 6.0 and 6.4 s after the last frame, in metres ahead and to the left?"
 _WHY = "What does its driver do next, and why? "
 _EGO_MOTION_SAID = (
-    rf"<think>\nAvg Velocity: {_WHOLE}\.[0-9]{{2}}m/s\. Total displacement: {_WHOLE}\.[0-9]{{2}}m\.\n</think>\n"
-    rf"Action: Displacement of {_WHOLE}\.[0-9] meters\."
+    rf"<think>\nAvg Velocity: {_NUMBER}m/s\. Total displacement: {_NUMBER}m\.\n</think>\n"
+    rf"Action: Displacement of {_NUMBER} meters\."
 )
-_SPEED_SAID = r"Speed ([0-9]{3,6}|-[0-9]{2,6}) m/s\."
-_PATH_SAID = f"Waypoints:( {_SHORT},{_SHORT}){{{len(SPOKEN)}}}"
+_SPEED_SAID = rf"Speed {_NUMBER} m/s\."
+_PATH_SAID = f"Waypoints:{_PAIRS}"
 FORMATS: Mapping[Labels, AnswerFormat] = {
     "ego-motion": AnswerFormat(
         "How does the car move?", _render_ego_motion, _parse_ego_motion, 96, _STILL,
-        AnswerGrammar(_EGO_MOTION_SAID, 128),
+        AnswerGrammar(_EGO_MOTION_SAID, 144),
     ),
     "speed": AnswerFormat(
-        "How does the car move?", _render_speed, _parse_speed, 96, _STILL, AnswerGrammar(_SPEED_SAID, 24)
+        "How does the car move?", _render_speed, _parse_speed, 96, _STILL, AnswerGrammar(_SPEED_SAID, 32)
     ),
     "waypoints": AnswerFormat(
         f"How will the car move? {_WHERE}", _render_waypoints, _parse_waypoints, 256, _PARKED,

@@ -19,7 +19,7 @@ from omni_cli.scene.clock import Float64Array
 from omni_cli.scores.intervals import paired_difference
 from omni_cli.stages.evaluate.candidates import Candidate, is_own
 from omni_cli.stages.evaluate.page import Page, Table, write_page
-from omni_cli.stages.evaluate.request import EvalRequest
+from omni_cli.stages.evaluate.request import CONSTRAINED, EvalRequest
 from omni_cli.stages.evaluate.scored import metrics_of
 from omni_cli.stages.evaluate.stage import answer, open_session
 from omni_cli.stages.evaluate.tables import (
@@ -33,7 +33,7 @@ from omni_cli.stages.evaluate.tables import (
 )
 from omni_cli.stages.pictures import save
 
-COMPARISON_FILE, COMPARISON_PAGE, COMPARISON_PICTURE = "comparison.json", "comparison.html", "comparison.png"
+COMPARISON = "comparison"  # .json, .html and .png
 FEWEST_TO_JUDGE = 6  # recordings, for one model to be called better: of 5, chance alone gives all one sign once in 16
 _LONGEST_NAME = 28  # letters beside a panel
 _ONE_PAIR = (
@@ -199,9 +199,10 @@ def _publish(found: dict[str, Any], metrics: Sequence[Metric], out: Path, consol
     for table in tables:
         console.table(table.title, table.header, table.rows)
     out.mkdir(parents=True, exist_ok=True)
-    page = out / COMPARISON_PAGE
-    files.write_json(out / COMPARISON_FILE, found)
-    drawn = [save(scores_with_intervals(found, shown), out / COMPARISON_PICTURE)]
+    name = f"{COMPARISON}-{CONSTRAINED}" if found["constrained"] else COMPARISON  # one must not replace the other
+    page = out / f"{name}.html"
+    files.write_json(out / f"{name}.json", found)
+    drawn = [save(scores_with_intervals(found, shown), out / f"{name}.png")]
     of = f"{counted(found['windows'], 'window')} of {counted(found['recordings'], 'recording')}"
     write_page(page, Page(f"{len(found['models'])} models on {of}", found["notes"], tables, drawn, found))
     console.say(f"comparison {page}")
