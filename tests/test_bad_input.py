@@ -49,7 +49,26 @@ def nan(columns):
         ("etl --profile cpu-tiny --config .", ".: cannot be read (Is a directory); give the path of a TOML file"),
         ("run --profile cpu-tiny --config .", ".: cannot be read (Is a directory); give the path of a TOML file"),
         ("train --profile cpu-tiny", "no data folder data; get some with: omni fetch --source synthetic --chunks 2"),
-        ("bench nothing --profile cpu-tiny", "nothing to measure called 'nothing'; known: "),
+        ("bench nothing --profile cpu-tiny", "nothing to measure called 'nothing'; known: etl, export, gpu, infer, "),
+        ("bench gpx --profile cpu-tiny", "nothing to measure called 'gpx'; did you mean 'gpu'?"),
+        (
+            "bench loader --minutes 1",
+            "--minutes: omni bench loader does not heed it, omni bench gpu does; leave it out",
+        ),
+        ("bench --out x", "--out: omni bench does not heed it, omni bench gpu does; leave it out"),
+        ("bench etl --alone", "--alone: omni bench etl does not heed it, omni bench train does; leave it out"),
+        ("bench train --teacher a", "--teacher: omni bench train does not heed it, omni bench export does; leave it"),
+        (
+            "bench gpu --repeats 5 --alone --data data --minutes 1",
+            "omni bench gpu measures rows of its own; leave out --repeats, --alone, --data",
+        ),
+        ("bench gpu --runs y --recipe vlm", "omni bench gpu measures rows of its own; leave out --recipe, --runs"),
+        ("bench train --set model=random:", "model 'random:': random: stands before a hub id such as Qwen/"),
+        (
+            "bench train --set model=random:tiny:qwen3_vl",
+            "model 'random:tiny:qwen3_vl': random: stands before a hub id",
+        ),
+        ("bench train --set model=random:random:a/b", "model 'random:random:a/b': random: stands before a hub id"),
         (
             "bench export --profile cpu-tiny",
             "no run of recipe vlm, model tiny:qwen2_5_vl, tuned in full is here; name one with --run NAME",

@@ -300,6 +300,8 @@ def test_published_bases_have_their_names_and_licences(adapted):
         assert {key: told[key] for key in ("license", "license_name") if key in told} == header
         assert (card.data.base_model, card.data.library_name) == (name, "peft")
         assert f'source, base = "{NAME}", "{name}"' in card.text
+        in_onnx = ModelCard(card_text(recipe, adapted.run, Published("onnx", NAME)))
+        assert (in_onnx.data.base_model, in_onnx.data.library_name) == (name, "onnx")
     pinned = adapted.recipe.model_copy(update={"model": "Qwen/Qwen2.5-VL-3B-Instruct@abc"})
     card = ModelCard(card_text(pinned, adapted.run, Published("adapter", NAME)))
     assert (card.data.base_model, card.data.to_dict()["license_name"]) == (pinned.model[:-4], "qwen-research")
@@ -468,15 +470,6 @@ def test_two_do_not_write_a_card_at_once(adapted):
     with pytest.raises(OmniError, match="another omni was stopped while it wrote there; run the same command again"):
         put_card(folder, "another")
     files.put_receipt(folder, receipt)
-
-
-@pytest.mark.parametrize("form", ["hf", "adapter"])
-def test_a_family_that_other_tools_cannot_ask_is_refused_before_the_merge(adapted, form, tmp_path):
-    preprocess = tiny_recipe("internvl", cameras="1-cam").preprocess()
-    run = replace(adapted.run, manifest=adapted.run.manifest.model_copy(update={"preprocess": preprocess}))
-    with pytest.raises(UsageError, match=r"family internvl: .*; ask it with: omni infer --run run"):
-        export(adapted.recipe, run, ExportRequest(form, tmp_path / "new"), QUIET)
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_of_omni_05_is_made_anew(adapted):

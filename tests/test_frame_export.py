@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import re
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import numpy as np
 import onnxruntime
@@ -25,6 +25,8 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer, InternVLPro
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
 from omni_cli.models import tiny
+from omni_cli.models.families import FAMILIES
+from omni_cli.models.hub_files import write_processor_config
 from omni_cli.recipes.vlm.exporting import tower_programs
 from omni_cli.samples import prompts
 from omni_cli.stages import models, runs
@@ -148,6 +150,31 @@ def test_the_files_of_each_version_of_the_library_agree(for_the_hub):
         older = read(for_the_hub, f"{name}.json")
         assert older.pop("processor_class") == whole["processor_class"]
         assert older == whole[part]
+
+
+@pytest.mark.marathon
+def test_half_precision_stays_within_its_stated_tolerance(made, tmp_path):
+    result = export(made.recipe, made.run, ExportRequest("onnx", tmp_path / "half", dtype="float16"), QUIET)
+    assert all(1e-5 < share < 2e-2 for share in result["rehearsed"].values())
+    assert 0.5 < result["choices_agree"] <= 1.0
+
+
+def counted_for(family, side_px, folder):
+    write_processor_config(folder, FAMILIES[family], canvas_px=(side_px, side_px), num_frames=FRAMES)
+    return read(folder, "processor_config.json")
+
+
+def test_the_patches_of_a_still_are_counted_side_by_side(tmp_path):
+    """384 px, as LLaVA-OneVision's hub models read, are 27 patches of 14 and 6 px: 729, and not 384 * 384 // 196."""
+    count = counted_for("llava_onevision", 384, tmp_path)["num_image_tokens"]
+    assert count == 729
+    library = LlavaOnevisionProcessor
+    image = SimpleNamespace(image_grid_pinpoints=[[384, 384], [384, 768]])
+    processor = SimpleNamespace(num_image_tokens=count, vision_aspect_ratio="anyres_max_9", image_processor=image)
+    processor._get_unpadded_features = MethodType(library._get_unpadded_features, processor)
+    # the whole still, and its one part with a new line after each row
+    assert library._get_number_of_features(processor, 384, 384, 384, 384) == 27 * 27 + 27 * (27 + 1)
+    assert [counted_for("internvl", side, tmp_path)["image_seq_length"] for side in (448, 458)] == [256, 256]
 
 
 def as_its_processor_writes(made, folder, question: str) -> str:

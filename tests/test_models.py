@@ -79,6 +79,20 @@ def test_how_windows_of_a_length_are_put_together_is_found_once() -> None:
     assert (ways.misses, ways.hits) == (2, 2 * tower.config.depth - 2)  # of windows, and of whole pictures
 
 
+def test_a_model_learns_after_one_has_answered_windows_of_the_same_lengths() -> None:
+    """What is kept of how they are put together is no inference tensor, which no way back could keep."""
+    tokens = [torch.rand(1, 2, 9, 4, requires_grad=True) for _ in range(3)]
+    told = {"attention_mask": None, "scaling": 0.5, "cu_seq_lens_q": torch.tensor([0, 2, 5, 9])}
+    batched_vision._by_length.cache_clear()
+    with torch.inference_mode():
+        answered, _ = batched_vision.attend_by_length(torch.nn.Identity(), *tokens, **told)
+    learned, _ = batched_vision.attend_by_length(torch.nn.Identity(), *tokens, **told)
+    learned.sum().backward()
+    assert torch.equal(answered, learned.detach())
+    assert all(torch.isfinite(one.grad).all() for one in tokens if one.grad is not None)
+    assert batched_vision._by_length.cache_info().misses == 1
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("grids", [[(2, 4, 8), (2, 4, 8)], [(1, 6, 10), (4, 4, 8), (2, 10, 4)]])
 def test_a_batched_tower_equals_the_librarys_with_its_gradients(family: str, grids) -> None:

@@ -13,6 +13,14 @@ from omni_cli.stages.infer import Subject, subject_of_base, subject_of_model, su
 from omni_cli.stages.locate import finished_runs
 from omni_cli.stages.models import open_model
 
+_OF_GPU = ("--profile", "--set", "--out", "--minutes", "--json", "--quiet")
+_OF_PARTS: Mapping[str, Sequence[str | None]] = {  # of `omni bench`; what is not here is heeded by all but gpu
+    "--out": ("gpu",),
+    "--minutes": ("gpu",),
+    "--alone": ("train", None),
+    "--teacher": ("export", None),
+}
+
 
 def open_subject(
     run: Path | None, runs: Path, console: Console, *, model: str | None, profile: str | None, sets: Sequence[str]
@@ -64,24 +72,39 @@ def bench_subject(
     return resolved.value, chosen.name, None
 
 
-def rows_request(asked: Mapping[str, Any], out: Path, minutes: float, console: Console) -> Any:
+def check_bench_options(part: str | None, typed: Sequence[str]) -> None:
+    """Refuse options that what is measured does not heed.
+
+    Args:
+        part: that is measured; None: all but gpu.
+        typed: the options that a user gave.
+
+    Raises:
+        UsageError: one of them is of other parts.
+    """
+    if part == "gpu":
+        if given := [option for option in typed if option not in _OF_GPU]:
+            raise UsageError(f"omni bench gpu measures rows of its own; leave out {', '.join(given)}")
+        return
+    for option in typed:
+        if (parts := _OF_PARTS.get(option)) and part not in parts:
+            asked = f"omni bench {part or ''}".rstrip()
+            raise UsageError(f"{option}: {asked} does not heed it, omni bench {parts[0]} does; leave it out")
+
+
+def rows_request(profile: str | None, sets: Sequence[str] | None, out: Path, minutes: float, console: Console) -> Any:
     """Return what is asked of `omni bench gpu`, whose rows say themselves what is measured.
 
     Args:
-        asked: values of the options that say it elsewhere; None means not given.
+        profile: its name; None: the one that fits.
+        sets: single settings over those of every row.
         out: where rows go.
         minutes: how long they take at most.
         console: says which profile was chosen.
-
-    Raises:
-        UsageError: something is asked for beside a profile and single settings.
     """
     from omni_cli.stages.bench import RowsRequest
 
-    if given := [option for option, value in asked.items() if value and option not in ("--profile", "--set")]:
-        raise UsageError(f"omni bench gpu measures rows of its own; leave out {', '.join(given)}")
-    profile = choose_profile(asked["--profile"], console, dry_run=False).name
-    return RowsRequest(profile, out, minutes, tuple(asked["--set"] or ()))
+    return RowsRequest(choose_profile(profile, console, dry_run=False).name, out, minutes, tuple(sets or ()))
 
 
 def _newest_recipe(runs: Path) -> str:

@@ -5,12 +5,13 @@ from typing import Annotated
 
 import typer
 
-from omni_cli.commands._options import DATA, RUNS, ConfigFile, Data, Json, ProfileName, Quiet, Runs, Sets
+from omni_cli.commands._options import DATA, RUNS, ConfigFile, Data, Json, ProfileName, Quiet, Runs, Sets, typed_options
 
 EXAMPLE = "omni bench train --profile cpu-tiny"
 
 
 def command(
+    context: typer.Context,
     *,
     part: Annotated[
         str | None,
@@ -52,16 +53,16 @@ def command(
     `gpu` measures whole trainings of 7 and 8 billion random weights, each in a process of its own, and prints a table;
     it needs no data, no weights and no network.
     """
-    from omni_cli.commands._subject import bench_subject, rows_request
+    from omni_cli.commands._subject import bench_subject, check_bench_options, rows_request
     from omni_cli.config import comma_list
     from omni_cli.report import Console
     from omni_cli.stages.bench import FULL_HD, BenchRequest, bench, bench_gpu
 
     console = Console(quiet=quiet, json_output=json)
-    asked = {"--profile": profile, "--recipe": recipe, "--config": config, "--set": sets}
+    check_bench_options(part, typed_options(context))
     if part == "gpu":
-        rows = rows_request({**asked, "--run": run, "--teacher": teacher}, out, minutes, console)
-        return console.finish(bench_gpu(rows, console))
+        return console.finish(bench_gpu(rows_request(profile, sets, out, minutes, console), console))
+    asked = {"--profile": profile, "--recipe": recipe, "--config": config, "--set": sets}
     files = tuple(Path(name).expanduser() for name in comma_list(teacher or ""))
     settings, name, opened = bench_subject(run, runs, asked, console)
     where = (part, data, runs, name, repeats, files, opened, FULL_HD)

@@ -55,8 +55,10 @@ def command(
 
     An adapter is merged first, or exported as it is with --format adapter. ONNX weights over 2 GB lie in a file beside
     their program, and --dtype float16 halves them. What is exported is compared with the model before it is published,
-    and has a model card. With --push-to-hub it goes to a repository, which is private unless --public makes it
-    otherwise; run again it sends what differs. For a token: hf auth login, or HF_TOKEN. Examples:
+    and has a model card. To write ONNX programs takes about 2.4 times as much memory as the model's weights in float32,
+    and 2.9 times with --dtype float16 (measured with 0.96 GiB of them). With --push-to-hub the folder goes to a
+    repository, which is private unless --public makes it otherwise; run again it sends what differs. For a token:
+    hf auth login, or HF_TOKEN. Examples:
 
     omni export drive --push-to-hub me/drive --dry-run
 

@@ -91,9 +91,10 @@ def _by_length(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, 
 
     Kept, since each layer of each step asks for the same: a GPU waits meanwhile.
     """
-    each = torch.tensor(lengths)
-    order = each.repeat_interleave(each).argsort(stable=True).to(device)
-    return order, order.argsort()
+    with torch.inference_mode(False):  # whoever asks first: a later training keeps them for its way back
+        each = torch.tensor(lengths)
+        order = each.repeat_interleave(each).argsort(stable=True).to(device)
+        return order, order.argsort()
 
 
 def _attend(inputs: list[Tensor], length: int, scaling: float, dropout: float) -> Tensor:

@@ -4,6 +4,7 @@ The shapes come from the `config.json` that each model's hub repository publishe
 and tokens without a network; a real run reads the configuration that comes with the weights.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from omni_cli.models.model_folders import check_config, reading
 
 TINY_PREFIX = "tiny:"
 RANDOM_PREFIX = "random:"
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -172,10 +174,12 @@ def model_config(model: str) -> PreTrainedConfig:
     """Return the configuration of a published id, a local folder, another hub id, or `random:` of these.
 
     Raises:
-        UsageError: there is no such folder, or it holds an adapter or a run.
+        UsageError: there is no such folder, or it holds an adapter or a run; or nothing can be drawn by that name.
         DataError: its configuration is damaged.
         OmniError: it is not here and the hub cannot be reached.
     """
+    if is_random(model):
+        _check_shape_named(model)
     model = model.removeprefix(RANDOM_PREFIX)
     if is_path(model) and not Path(model).is_dir():
         known = f"a hub id such as {next(iter(_PUBLISHED))}, or {TINY_PREFIX}{next(iter(FAMILIES))}"
@@ -187,6 +191,15 @@ def model_config(model: str) -> PreTrainedConfig:
         check_config(Path(model))
     with reading("read the configuration of model", model):
         return AutoConfig.from_pretrained(**hub_arguments(model))
+
+
+def _check_shape_named(model: str) -> None:
+    """Refuse `random:` before anything that is neither a folder nor a hub id, such as nothing or another `random:`."""
+    name = model.removeprefix(RANDOM_PREFIX)
+    is_folder = bool(name) and (is_path(name) or Path(name).is_dir())
+    if not is_folder and not _HUB_ID.fullmatch(split_revision(name)[0]):
+        known = f"a hub id such as {next(iter(_PUBLISHED))}, or a folder that holds a config.json"
+        raise UsageError(f"model {model!r}: {RANDOM_PREFIX} stands before {known}")
 
 
 def hub_arguments(model: str) -> dict[str, Any]:

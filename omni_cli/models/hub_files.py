@@ -75,13 +75,16 @@ def _whole(family: VisionFamily, canvas_px: tuple[int, int]) -> tuple[dict[str, 
 
 
 def _counted(family: VisionFamily, canvas_px: tuple[int, int]) -> dict[str, Any]:
-    """Return by what a processor counts the placeholders of a frame; Qwen's count its patches."""
-    patches = canvas_px[0] * canvas_px[1] // family.patch_px**2
+    """Return by what a processor counts the placeholders of a frame; Qwen's count its patches.
+
+    What is left of a side beyond its last whole patch is not looked at: 384 px are 27 patches of 14.
+    """
+    width, height = (side_px // family.patch_px for side_px in canvas_px)
     match family.name:
         case "llava_onevision":  # before they are pooled, with which its processor reckons
-            return {"num_image_tokens": patches, "vision_feature_select_strategy": "full"}
+            return {"num_image_tokens": width * height, "vision_feature_select_strategy": "full"}
         case "internvl":
-            return {"image_seq_length": patches // family.merge**2}
+            return {"image_seq_length": (width // family.merge) * (height // family.merge)}
     return {}
 
 

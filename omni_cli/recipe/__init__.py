@@ -31,6 +31,7 @@ from omni_cli.recipe.values import (
     Prediction,
     Program,
     Questions,
+    Rehearsed,
     Row,
     RunProgram,
     StockTraining,
@@ -67,6 +68,7 @@ __all__ = [
     "Prediction",
     "Program",
     "Questions",
+    "Rehearsed",
     "Row",
     "RunProgram",
     "SampleSettings",
@@ -327,8 +329,8 @@ class Exportable(Mergeable, Protocol):
 
     def rehearse(
         self, built: BuiltModel, preprocess: Preprocess, written: Sequence[Program], run: RunProgram, dtype: str
-    ) -> Mapping[str, float]:
-        """Run the programs as they will be run, and return how far they part from the model, by what it is called.
+    ) -> Rehearsed:
+        """Run the programs as they will be run, and return how far they part from the model.
 
         As a share of the largest number of its kind: metres and scores are of different kinds.
 

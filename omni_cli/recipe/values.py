@@ -180,4 +180,11 @@ class Program:
     traced: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+class Rehearsed(NamedTuple):
+    """How far programs part from the model, over answers that were given step by step."""
+
+    apart: Mapping[str, float]  # by what was compared, the largest difference as a share of its kind's largest number
+    choices_agree: float | None = None  # share of the answered places; None where nothing is chosen
+
+
 RunProgram = Callable[[str, Mapping[str, Tensor]], Sequence[Tensor]]

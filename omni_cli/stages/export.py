@@ -12,7 +12,7 @@ from typing import Any
 from omni_cli import files
 from omni_cli.errors import OmniError, UsageError
 from omni_cli.models.hub_files import forget_local_base
-from omni_cli.recipe import Exportable, require
+from omni_cli.recipe import Exportable, Rehearsed, require
 from omni_cli.report import Console, counted
 from omni_cli.stages import licences, models, programs, runs
 from omni_cli.stages.cards import HERE, README, Published, card_text, measured_data, put_card
@@ -233,26 +233,32 @@ def _export_onnx(job: Job) -> dict[str, Any]:
             for program in planned:
                 written.append(writer.write(program))
                 bar.advance()
-        rehearsed = dict(recipe.rehearse(built, preprocess, planned, writer.run, request.dtype))
+        rehearsed = recipe.rehearse(built, preprocess, planned, writer.run, request.dtype)
         if built.tokenizer is not None:
             built.tokenizer.save_pretrained(made)
-        files.write_json(made / ONNX_CARD, _onnx_card(run, request, written, rehearsed))
+        told = {"programs": written, **_rehearsed_facts(rehearsed)}
+        files.write_json(made / ONNX_CARD, {**_onnx_card(run, request), **told})
         files.write_text(made / README, card_text(recipe, run, Published(job.form)))
-        facts |= {**job.facts(), "result": {"format": job.form, "programs": written, "rehearsed": rehearsed}}
+        facts |= {**job.facts(), "result": {"format": job.form, **told}}
     _say_differences(written, rehearsed, job.console)
     return facts
 
 
-def _say_differences(written: Sequence[dict[str, Any]], rehearsed: Mapping[str, float], console: Console) -> None:
+def _rehearsed_facts(rehearsed: Rehearsed) -> dict[str, Any]:
+    agree = {} if rehearsed.choices_agree is None else {"choices_agree": rehearsed.choices_agree}
+    return {"rehearsed": dict(rehearsed.apart), **agree}
+
+
+def _say_differences(written: Sequence[dict[str, Any]], rehearsed: Rehearsed, console: Console) -> None:
     worst = max(program["max_difference"] for program in written)
     console.say(f"{len(written)} programs, outputs differ from torch by {worst:.1e} at most")
-    for what, difference in rehearsed.items():
+    for what, difference in rehearsed.apart.items():
         console.say(f"{what}: differ by {difference:.1e} of the largest number of a kind at most")
+    if rehearsed.choices_agree is not None:
+        console.say(f"first choices agree at {rehearsed.choices_agree:.1%} of the answered places")
 
 
-def _onnx_card(
-    run: runs.Run, request: ExportRequest, programs: Sequence[dict[str, Any]], rehearsed: Mapping[str, float]
-) -> dict[str, Any]:
+def _onnx_card(run: runs.Run, request: ExportRequest) -> dict[str, Any]:
     preprocess = run.manifest.preprocess
     return {
         "format": 1,
@@ -262,6 +268,4 @@ def _onnx_card(
         "dtype": request.dtype,
         "window": preprocess.facts(),
         "preprocess": preprocess.model_dump(mode="json"),
-        "programs": list(programs),
-        "rehearsed": dict(rehearsed),
     }

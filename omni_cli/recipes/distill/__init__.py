@@ -25,6 +25,7 @@ from omni_cli.recipe import (
     Prediction,
     Program,
     Questions,
+    Rehearsed,
     Row,
     RunProgram,
     Stroke,
@@ -294,13 +295,13 @@ class Distill(Settings):
         written: Sequence[Program],
         run: RunProgram,
         dtype: str,
-    ) -> dict[str, float]:
+    ) -> Rehearsed:
         """Drive fifty steps with the programs and with the student.
 
         Raises:
             OmniError: they part too far.
         """
-        return exporting.rehearse(exporting.whole(built.model), run, written[0].batch or 1, dtype)
+        return Rehearsed(exporting.rehearse(exporting.whole(built.model), run, written[0].batch or 1, dtype))
 
     def write_processor_files(self, folder: Path, preprocess: ModelFramePreprocess) -> None:
         """Write nothing: a student is exported as ONNX, whose files say what they are."""

@@ -29,6 +29,7 @@ from omni_cli.recipe import (
     Prediction,
     Program,
     Questions,
+    Rehearsed,
     Row,
     RunProgram,
     SplitSettings,
@@ -336,7 +337,7 @@ class Vlm(Settings):
 
     def rehearse(
         self, built: BuiltModel, preprocess: TiledPreprocess, written: Sequence[Program], run: RunProgram, dtype: str
-    ) -> dict[str, float]:
+    ) -> Rehearsed:
         """Answer with the programs, and compare all that they say with what the model says."""
         return decoding.rehearse(self, built, preprocess, written, run, dtype=dtype)
 

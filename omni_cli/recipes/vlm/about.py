@@ -20,6 +20,7 @@ _LICENCES = {  # as the model cards of the hub repositories state them
     "Qwen/Qwen3-VL-8B-Instruct": "apache-2.0",
 }
 _EXAMPLE_SPEED_MPS = 10.0
+_LIBRARIES = {"adapter": "peft", "onnx": "onnx"}  # by form, as the hub spells them
 _LOAD = {
     "hf": """\
 import torch
@@ -83,7 +84,7 @@ def about_vlm(preprocess: TiledPreprocess, model: str, form: str, source: str) -
         base_told=_told(model, base, revision),
         licence=_LICENCES.get(base, ""),
         task=_TASK,
-        library="peft" if form == "adapter" else "transformers",
+        library=_LIBRARIES.get(form, "transformers"),
         asked=prompts.render_question(preprocess, _EXAMPLE_SPEED_MPS),
         answered=answer.render(answer.zero),
         loading=_loading(preprocess, (base or "BASE", revision), form, source),

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from omni_cli.models import packing, wiring
 from omni_cli.models.decoder_program import NAME, Decoder, by_kind, next_inputs
 from omni_cli.models.qwen_vl import base_of
 from omni_cli.models.vision_tower import INPUT_NAME
-from omni_cli.recipe import BuiltModel, Program, Row, RunProgram
+from omni_cli.recipe import BuiltModel, Program, Rehearsed, Row, RunProgram
 from omni_cli.recipes.vlm import packed
 from omni_cli.recipes.vlm.exporting import tower_programs
 from omni_cli.recipes.vlm.rows import time_step, video_token
@@ -26,6 +26,13 @@ _STEPS = 4  # tokens after a prompt
 _SHORTER = 3  # tokens by which a prompt is cut, so that it is padded on the left
 _TOLERANCE = {"float32": 1e-4, "float16": 2e-2}  # of the largest number of its kind
 _SPEED_MPS = 10.0  # that the prompt in the file tells, where prompts tell one
+
+
+class Choices(NamedTuple):
+    """Which token comes first at answered places, (places,) each."""
+
+    agree: Tensor  # of the programs and the model
+    clear: Tensor  # in the model's own logits the second is further from the first than programs may part
 
 
 def programs(recipe: Any, built: BuiltModel, preprocess: TiledPreprocess, batches: Sequence[int]) -> list[Program]:
@@ -81,7 +88,7 @@ def rehearse(
     run: RunProgram,
     *,
     dtype: str,
-) -> dict[str, float]:
+) -> Rehearsed:
     """Answer one window, and two of which one is padded on the left, with the programs and with the library's model.
 
     Args:
@@ -93,23 +100,28 @@ def rehearse(
         dtype: of the programs.
 
     Returns:
-        by case and kind of output how far they part at most, as a share of the largest number of the kind.
+        by case and kind of output how far they part at most, as a share of the largest number of the kind; and at how
+        many of the answered places the first choices agree.
 
     Raises:
-        OmniError: that is more than 1e-4 (float16: 2e-2).
+        OmniError: that is more than 1e-4 (float16: 2e-2), or a clear first choice is another.
     """
     base, rows = base_of(built.model), recipe.probe_rows(built, preprocess)
     decoder = Decoder(base)
     found: dict[str, float] = {}
+    choices: list[Choices] = []
     for case, chosen in {"1 window": rows[:1], "2 windows, 1 padded": [rows[0], _cut(rows[1])]}.items():
         batch = _asked(chosen, built)
         seen = _seen_by_program(run, written[0], batch["pictures"], preprocess)
         truth = _by_library(base, batch, preprocess)
         said = _by_program(run, decoder.first_inputs(batch, seen))
-        for kind, share in _apart(truth, said).items():
-            found[f"{case}, prompt and {_STEPS} tokens: {kind}"] = share
+        for expected, outputs in _answered(truth, said):
+            for kind, share in _apart(expected, outputs).items():
+                what = f"{case}, prompt and {_STEPS} tokens: {kind}"
+                found[what] = max(found.get(what, 0.0), share)
+            choices.append(first_choices(expected[0], outputs[0], _TOLERANCE[dtype]))
     _check(found, _TOLERANCE[dtype])
-    return found
+    return Rehearsed(found, agreement(choices))
 
 
 def _cut(row: Row) -> Row:
@@ -164,16 +176,47 @@ def _by_library(base: Any, batch: Mapping[str, Tensor], preprocess: TiledPreproc
         mask, places = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1), places[..., -1:] + 1
 
 
-def _apart(truth: Iterator[list[Tensor]], said: Generator[Sequence[Tensor], Tensor | None, None]) -> dict[str, float]:
-    """Return by kind of output the largest difference at any step, as a share of the largest number."""
-    worst: dict[str, float] = {}
+def _answered(
+    truth: Iterator[list[Tensor]], said: Generator[Sequence[Tensor], Tensor | None, None]
+) -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]:
+    """Yield at each step what the library says and what the programs say, which are told the library's own tokens."""
     token: Tensor | None = None
     for expected in truth:
-        kinds = by_kind(said.send(token))
-        for kind, tensors in by_kind(expected).items():
-            worst[kind] = max(worst.get(kind, 0.0), _share(kinds[kind], tensors))
+        yield expected, said.send(token)
         token = expected[0].argmax(-1, keepdim=True)
-    return worst
+
+
+def _apart(expected: Sequence[Tensor], found: Sequence[Tensor]) -> dict[str, float]:
+    """Return by kind of output the largest difference, as a share of the largest number."""
+    kinds = by_kind(found)
+    return {kind: _share(kinds[kind], tensors) for kind, tensors in by_kind(expected).items()}
+
+
+def first_choices(expected: Tensor, found: Tensor, allowed: float) -> Choices:
+    """Compare the likeliest token of each row.
+
+    Args:
+        expected: (rows, tokens) logits of the model.
+        found: those of the programs.
+        allowed: difference of one logit, as a share of the largest.
+    """
+    first, second = expected.topk(2).values.unbind(-1)
+    return Choices(expected.argmax(-1) == found.argmax(-1), first - second > allowed * expected.abs().max())
+
+
+def agreement(choices: Sequence[Choices]) -> float:
+    """Return the share of the places where first choices agree.
+
+    Raises:
+        OmniError: they do not where the model's is clear.
+    """
+    agree, clear = (torch.cat(places) for places in zip(*choices, strict=True))
+    if other := int((clear & ~agree).sum()):
+        raise OmniError(
+            f"the first choice of the ONNX programs is another at {other} of the {int(clear.sum())} places where the "
+            "model's is clear; nothing is published: try --dtype float32 or another --opset"
+        )
+    return float(agree.double().mean())
 
 
 def _share(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

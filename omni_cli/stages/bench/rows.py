@@ -21,7 +21,7 @@ import torch
 
 from omni_cli import files, telemetry
 from omni_cli.errors import OmniError, UsageError
-from omni_cli.report import Console
+from omni_cli.report import Console, counted
 
 _LEAST_S = 30.0  # a row that has less time is not begun
 _QWEN2_5 = "model=random:Qwen/Qwen2.5-VL-7B-Instruct"
@@ -78,6 +78,8 @@ def bench_gpu(request: RowsRequest, console: Console) -> dict[str, Any]:
 def bench_rows(rows: Sequence[Row], request: RowsRequest, device: str, console: Console) -> dict[str, Any]:
     """Measure rows, each in a process of its own; those before are on disk whatever becomes of the next.
 
+    They lie in a file beside the one that was asked for, which is as it was until there is a row to put there.
+
     Args:
         rows: in the order of their worth.
         request: where to, and how long at most.
@@ -95,15 +97,20 @@ def bench_rows(rows: Sequence[Row], request: RowsRequest, device: str, console: 
         "machine": telemetry.machine_facts(),
     }
     measured: list[dict[str, Any]] = []
+    part, failed = request.out.with_name(request.out.name + ".part"), 0
     for row in rows:
         console.say(f"measuring {row.name}")
         measured.append({"name": row.name, "set": list(row.sets), **_measured(row, request, until_s)})
         console.say(f"{row.name}: {_told(measured[-1])}")
-        files.write_json(request.out, {**document, "rows": measured})
-    if all("failed" in row for row in measured):
-        raise OmniError(f"no row could be measured, see {request.out}; the first: {measured[0]['failed']}")
-    result = {**document, "rows": measured, "table": markdown({**document, "rows": measured})}
-    console.say(f"{request.out} holds what was measured; as a table:\n\n{result['table']}")
+        failed = sum("failed" in one for one in measured)
+        files.write_json(part, {**document, "failed": failed, "rows": measured})
+        if failed < len(measured):
+            part.replace(request.out)
+    if failed == len(measured):
+        raise OmniError(f"no row could be measured, see {part}; the first: {_first_line(measured[0]['failed'])}")
+    result = {**document, "failed": failed, "rows": measured, "table": markdown({**document, "rows": measured})}
+    told = f"{request.out} holds what was measured, {failed} of {counted(len(measured), 'row')} failed"
+    console.say(f"{told}; as a table:\n\n{result['table']}")
     return result
 
 
@@ -171,7 +178,8 @@ def _told(row: dict[str, Any]) -> str:
 
 def _cells(row: dict[str, Any]) -> list[str]:
     if "failed" in row:
-        return [row["name"], row["failed"].partition(". ")[0], *[_MISSING] * 5]
+        why = _first_line(row["failed"]).partition(". ")[0].replace("|", "/")  # which would end the cell
+        return [row["name"], why, *[_MISSING] * 5]
     ratios, step = row["train"]["ratios"], row["train"]["lines"]["step"]
     rates, peak_gib = step["per_second"], step.get("peak_memory_gib")
     over_stock = ratios.get("stock TRL: step / step")
@@ -184,6 +192,10 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{ratios['data / step']:.1%}",
         _MISSING if over_stock is None else f"{over_stock:.2f}x",
     ]
+
+
+def _first_line(text: str) -> str:
+    return next(iter(text.strip().splitlines()), "")
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -29,6 +29,7 @@ PARTS: Mapping[str, Callable[[Inputs, int], Part]] = {
     "infer": bench_infer,
     "export": bench_export,
 }
+GPU = "gpu"  # the rows of `bench_gpu`, which are no part of these
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def bench(recipe: Any, request: BenchRequest, console: Console) -> dict[str, Any
         OmniError: another omni is taking the raw data away.
     """
     if request.part is not None and request.part not in PARTS:
-        raise UsageError(f"nothing to measure called {request.part!r}; {nearest(request.part, PARTS)}")
+        raise UsageError(f"nothing to measure called {request.part!r}; {nearest(request.part, (*PARTS, GPU))}")
     with (
         TemporaryDirectory(prefix="omni-bench-") as work,
         Inputs(
