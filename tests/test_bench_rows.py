@@ -44,7 +44,7 @@ def test_rows_are_measured_one_by_one_and_one_that_fails_costs_no_other(tmp_path
     out.parent.mkdir()
     out.write_text("those of last week")
     console = Watching(out)
-    result = bench_rows([UNKNOWN, small], RowsRequest("cpu-tiny", out, 10.0, SMALL), "this CPU", console)
+    result = bench_rows([UNKNOWN, small], RowsRequest("vlm", "cpu-tiny", out, 10.0, SMALL), "this CPU", console)
     document = json.loads(out.read_text())
     failed, measured = document["rows"]
     assert "no setting" in failed["failed"] or "batch" in failed["failed"]
@@ -67,7 +67,7 @@ def test_rows_are_measured_one_by_one_and_one_that_fails_costs_no_other(tmp_path
 
 def test_no_row_is_begun_once_the_time_is_over(tmp_path):
     """And what was measured before stays."""
-    request = RowsRequest("cpu-tiny", tmp_path / "rows.json", 0.0)
+    request = RowsRequest("vlm", "cpu-tiny", tmp_path / "rows.json", 0.0)
     request.out.write_text("those of last week")
     over = r"no row could be measured, see .*rows\.json\.part; the first: not begun: the 0 minutes are over"
     with pytest.raises(OmniError, match=over):
@@ -87,11 +87,11 @@ def test_a_failure_of_many_lines_and_bars_is_one_cell():
 
 def test_a_row_that_takes_longer_than_there_is_time_is_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_rows_module, "_LEAST_S", 0.0)
-    request = RowsRequest("cpu-tiny", tmp_path / "rows.json", 0.3 / 60)
+    request = RowsRequest("vlm", "cpu-tiny", tmp_path / "rows.json", 0.3 / 60)
     with pytest.raises(OmniError, match=r"the first: stopped: the 0.005 minutes are over"):
         bench_rows([UNKNOWN], request, "this CPU", QUIET)
 
 
 def test_the_rows_of_a_gpu_are_refused_without_one(tmp_path):
     with pytest.raises(UsageError, match="torch sees no GPU"):
-        bench_gpu(RowsRequest("h200-bf16", tmp_path / "rows.json", 9.0), QUIET)
+        bench_gpu(RowsRequest("vlm", "h200-bf16", tmp_path / "rows.json", 9.0), QUIET)

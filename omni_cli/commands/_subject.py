@@ -104,7 +104,8 @@ def rows_request(profile: str | None, sets: Sequence[str] | None, out: Path, min
     """
     from omni_cli.stages.bench import RowsRequest
 
-    return RowsRequest(choose_profile(profile, console, dry_run=False).name, out, minutes, tuple(sets or ()))
+    chosen = choose_profile(profile, console, dry_run=False)
+    return RowsRequest(DEFAULT_RECIPE, chosen.name, out, minutes, tuple(sets or ()))
 
 
 def _newest_recipe(runs: Path) -> str:

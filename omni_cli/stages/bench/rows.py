@@ -57,6 +57,7 @@ ROWS = (
 class RowsRequest:
     """What a user asked of `omni bench gpu`."""
 
+    recipe: str  # that learns
     profile: str
     out: Path
     minutes: float  # for all rows together
@@ -151,7 +152,7 @@ def _command(row: Row, request: RowsRequest, work: Path) -> list[str]:
     sets = [word for setting in (*row.sets, *request.sets) for word in ("--set", setting)]
     where = ["--data", str(work / "data"), "--runs", str(work / "runs")]
     beside = [] if row.is_beside_stock else ["--alone"]
-    options = ["--profile", request.profile, "--recipe", "vlm", "--repeats", str(row.repeats), *where, *beside]
+    options = ["--profile", request.profile, "--recipe", request.recipe, "--repeats", str(row.repeats), *where, *beside]
     return [sys.executable, "-m", "omni_cli", "bench", "train", *options, *sets, "--quiet", "--json"]
 
 
