@@ -1,12 +1,10 @@
 """Answers held to their format: the grammar beside each parser, and models that are held to it while they answer."""
 
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,6 +19,7 @@ from omni_cli.recipes.vlm import Vlm
 from omni_cli.samples.answer_formats import FORMATS
 from omni_cli.samples.prompts import ANSWER_END, parse_answer, render_answer
 from omni_cli.samples.reasoning import MAX_CHARACTERS, plain_text, text_refusal
+from tests.test_models import make_rows
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl")
 OWN_THOUGHT = "Slow down to 10 m/s because the road bends to the left ahead."
@@ -207,20 +206,6 @@ def test_a_tokenizer_of_another_kind_is_refused() -> None:
 def recipe(family: str, labels: str = "ego-motion") -> Vlm:
     sample = {"cameras": "4-cam", "window": 4, "canvas_px": 112, "labels": labels}
     return Vlm(model=f"tiny:{family}", precision="float32", sample=sample, tune={"mode": "full"})
-
-
-def make_rows(vlm: Vlm, speeds: Sequence[float]) -> list[dict[str, Any]]:
-    preprocess, generator = vlm.preprocess(), torch.Generator().manual_seed(0)
-    zero = FORMATS[preprocess.labels].zero
-    zero = {**zero, "future_xyz_m": list(zero.get("future_xyz_m", ()))}
-    targets = [{**zero, "start_speed_mps": v, "mean_speed_mps": v, "displacement_m": 0.3 * v} for v in speeds]
-    rows = []
-    for row in vlm.encode_windows(pa.Table.from_pylist(targets), preprocess).to_pylist():
-        tensors = {name: torch.tensor(values) for name, values in row.items()}
-        tensors["position_ids"] = tensors["position_ids"].view(4, -1)
-        pixels = torch.randint(0, 256, preprocess.window_shape, generator=generator, dtype=torch.uint8)
-        rows.append({**tensors, "pictures": pixels})
-    return rows
 
 
 @pytest.mark.parametrize("labels", FORMATS)

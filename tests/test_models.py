@@ -17,6 +17,7 @@ from omni_cli.errors import DataError, OmniError, UsageError
 from omni_cli.models import adapters, batched_vision, families, losses, qwen_vl
 from omni_cli.models.rope import rope_ids
 from omni_cli.recipes.vlm import Vlm
+from omni_cli.samples.answer_formats import FORMATS
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 
@@ -27,9 +28,10 @@ def recipe(family: str, mode: str = "full", **train: Any) -> Vlm:
 
 
 def make_rows(vlm: Vlm, speeds: Sequence[float]) -> list[dict[str, Any]]:
-    preprocess = vlm.preprocess()
-    targets = [{"start_speed_mps": v, "mean_speed_mps": v, "displacement_m": 0.3 * v} for v in speeds]
-    generator = torch.Generator().manual_seed(0)
+    preprocess, generator = vlm.preprocess(), torch.Generator().manual_seed(0)
+    zero = FORMATS[preprocess.labels].zero
+    zero = {**zero, "future_xyz_m": list(zero.get("future_xyz_m", ()))}
+    targets = [{**zero, "start_speed_mps": v, "mean_speed_mps": v, "displacement_m": 0.3 * v} for v in speeds]
     rows = []
     for row in vlm.encode_windows(pa.Table.from_pylist(targets), preprocess).to_pylist():
         tensors = {name: torch.tensor(values) for name, values in row.items()}

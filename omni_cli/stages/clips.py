@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from omni_cli.config import nearest
 from omni_cli.errors import DataError, UsageError
@@ -19,6 +20,7 @@ from omni_cli.sources.video_file import video_recording
 from omni_cli.stages import locate
 from omni_cli.stages.raw_lock import reading
 
+T = TypeVar("T")
 _IDS_SHOWN = 5
 _COMPARED = 5_000  # ids; to compare a word with every one of 300,000 takes twenty seconds
 _ENDS = 4  # characters
@@ -66,16 +68,31 @@ def find_clips(
     return tuple(_told_apart(clips))
 
 
-def _named_views(preprocess: Preprocess, cameras: Mapping[str, Path], *, tiled: bool) -> Clip:
+def in_order(preprocess: Preprocess, named: Mapping[str, T], *, tiled: bool, needed: str) -> dict[str, T]:
+    """Return the views of a drive as the model looks at them.
+
+    Args:
+        preprocess: of the model.
+        named: the views, by camera.
+        tiled: mosaics were asked about too.
+        needed: what to give where a view is missing.
+
+    Raises:
+        UsageError: a view is unknown to the model or missing, or mosaics were asked about.
+    """
     if tiled:
         raise UsageError("--tiled asks about ready mosaics, --camera about single views; give one of them")
-    if unknown := [name for name in cameras if name not in preprocess.cameras]:
+    if unknown := [name for name in named if name not in preprocess.cameras]:
         raise UsageError(
             f"--camera {unknown[0]}: the model does not know it; {nearest(unknown[0], preprocess.cameras)}"
         )
-    if missing := [name for name in preprocess.cameras if name not in cameras]:
-        raise UsageError(f"missing {', '.join(missing)}: {_needed(preprocess)}")
-    ordered = {name: cameras[name] for name in preprocess.cameras}
+    if missing := [name for name in preprocess.cameras if name not in named]:
+        raise UsageError(f"missing {', '.join(missing)}: {needed}")
+    return {name: named[name] for name in preprocess.cameras}
+
+
+def _named_views(preprocess: Preprocess, cameras: Mapping[str, Path], *, tiled: bool) -> Clip:
+    ordered = in_order(preprocess, cameras, tiled=tiled, needed=_needed(preprocess))
     for name, path in ordered.items():
         if not path.is_file():
             _check_no_secret(str(path), f"--camera {name}: ")

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from omni_cli.config import nearest
 from omni_cli.errors import OmniError, UsageError
 from omni_cli.formats.live_video import Address, check_there, live_address
 from omni_cli.formats.video import Uint8Array
@@ -24,6 +23,7 @@ from omni_cli.samples.live_windows import LiveWindows
 from omni_cli.samples.preprocess import Preprocess
 from omni_cli.samples.tiling import TiledPreprocess
 from omni_cli.samples.views import MOSAIC
+from omni_cli.stages.clips import in_order
 from omni_cli.stages.infer import Answer, InferRequest, Subject, infer, load_subject
 from omni_cli.stages.live.feed import Feed, Reading, Ready
 from omni_cli.stages.live.lines import Lines
@@ -197,7 +197,8 @@ def _live(preprocess: Preprocess, request: InferRequest) -> dict[str, Address]:
     if len(words) + bool(named) > 1 or None in named.values():
         raise UsageError("one live camera at a time, or several of one car with --camera NAME=URL for each; no clips")
     if named:
-        return _in_order(preprocess, {name: address for name, address in named.items() if address}, tiled=request.tiled)
+        views = {name: address for name, address in named.items() if address}
+        return in_order(preprocess, views, tiled=request.tiled, needed="give --camera NAME=URL for each")
     ((_, address),) = words
     assert address is not None
     if not request.tiled and len(preprocess.cameras) > 1:
@@ -206,18 +207,6 @@ def _live(preprocess: Preprocess, request: InferRequest) -> dict[str, Address]:
             "give --camera NAME=URL for each, or --tiled where the stream is a mosaic of them"
         )
     return {MOSAIC if request.tiled else preprocess.cameras[0]: address}
-
-
-def _in_order(preprocess: Preprocess, named: Mapping[str, Address], *, tiled: bool) -> dict[str, Address]:
-    if tiled:
-        raise UsageError("--tiled asks about ready mosaics, --camera about single views; give one of them")
-    if unknown := [name for name in named if name not in preprocess.cameras]:
-        raise UsageError(
-            f"--camera {unknown[0]}: the model does not know it; {nearest(unknown[0], preprocess.cameras)}"
-        )
-    if missing := [name for name in preprocess.cameras if name not in named]:
-        raise UsageError(f"missing {', '.join(missing)}; give --camera NAME=URL for each")
-    return {name: named[name] for name in preprocess.cameras}
 
 
 def _check(recipe: Any, preprocess: Preprocess, request: InferRequest) -> None:
