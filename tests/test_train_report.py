@@ -24,6 +24,7 @@ from omni_cli.stages.train import telemetry as train_telemetry
 from omni_cli.stages.train.curves import telemetry_picture
 from omni_cli.stages.train.telemetry import read_telemetry
 from tests.support.pipeline import QUIET, kill_recipe, tiny_recipe, write_synthetic
+from tests.support.trackers import stand_in_wandb
 
 STEPS = 12
 NAME = "a <script>alert(1)</script> run"
@@ -195,6 +196,44 @@ def test_a_reporter_that_is_unknown_or_absent_costs_one_line(tmp_path, shards, n
     with pytest.raises(UsageError, match=re.escape(said)):
         train(RECIPE, request(shards, tmp_path, report_to=(name,)), QUIET)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def wandb(tmp_path, monkeypatch):
+    with stand_in_wandb(tmp_path / "site", monkeypatch) as told:
+        yield told
+
+
+@pytest.mark.parametrize(
+    ("key", "error"),
+    [
+        ("", UsageError("No API key configured. Use `wandb login` to log in")),
+        ("unheard", OmniError("Timed out: no such host")),
+    ],
+)
+@pytest.mark.usefixtures("wandb")
+def test_a_reporter_that_lets_nobody_in_costs_one_line(tmp_path, shards, monkeypatch, key, error) -> None:
+    """Before the model is built."""
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    monkeypatch.setattr(type(RECIPE), "build", lambda *_: pytest.fail("the model was built"))
+    with pytest.raises(type(error)) as refused:
+        train(RECIPE, request(shards, tmp_path, report_to=("wandb",)), QUIET)
+    assert (
+        str(refused.value) == f"--report-to wandb: {error}; to keep its curves on this machine set WANDB_MODE=offline"
+    )
+
+
+def test_a_session_is_opened_once_and_ended_and_says_nothing_on_stdout(
+    tmp_path, shards, wandb, monkeypatch, capfd
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "known")
+    run = train(RECIPE, request(shards, tmp_path, report_to=("wandb",)), QUIET)["run"]
+    first, *lines, last = [json.loads(line) for line in wandb.read_text().splitlines()]
+    assert (first, last) == ({"project": "huggingface", "name": Path(run).name}, {"finished": 0})
+    losses = [line["train/loss"] for line in lines if "train/loss" in line]
+    assert losses == [line["loss"] for line in checkpoints.read_history(Path(run))]
+    said = capfd.readouterr()
+    assert (said.out, "wandb: hello" in said.err, "wandb: goodbye" in said.err) == ("", True, True)
 
 
 def test_reporters_are_named_with_commas_or_one_by_one() -> None:

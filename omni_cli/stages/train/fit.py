@@ -3,7 +3,7 @@
 import gc
 import signal
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from omni_cli.stages.train.guards import BadStep, Guard
 from omni_cli.stages.train.pace import Pace, Paced
 from omni_cli.stages.train.plan import planned_steps
 from omni_cli.stages.train.ranks import ALONE, Ranks, check_norms, seed_apart, share_of
-from omni_cli.stages.train.reporters import reporters
+from omni_cli.stages.train.reporters import reporting
 from omni_cli.stages.train.roll_back import roll_back
 from omni_cli.stages.train.sharding import check_sharding
 from omni_cli.stages.train.shards import MORE_LABELS
@@ -87,9 +87,34 @@ def _attempt(
 
     Raises:
         BadStep: a step must not move a weight.
+        OmniError: nobody hears what is to be reported; as `reporting` does.
+    """
+    steps = planned_steps(recipe.train, len(dataset))
+    start = ranks.decide(partial(_begin, run, recipe.train, console))
+    names = report_to if ranks.is_first and start.step < steps else ()
+    with ExitStack() as held:
+        with ranks.alike():
+            others = held.enter_context(reporting(names, run, start.step))
+        return _learn(run, recipe, dataset, preprocess, console, start=start, others=others, ranks=ranks)
+
+
+def _learn(
+    run: runs.Run,
+    recipe: Any,
+    dataset: WindowDataset,
+    preprocess: Preprocess,
+    console: Console,
+    *,
+    start: checkpoints.Start,
+    others: Sequence[TrainerCallback],
+    ranks: Ranks,
+) -> Fitted:
+    """Run the Trainer from where training goes on to its end.
+
+    Raises:
+        BadStep: a step must not move a weight.
     """
     saved, steps = run.folder / runs.CHECKPOINTS, planned_steps(recipe.train, len(dataset))
-    start = ranks.decide(partial(_begin, run, recipe.train, console))
     guard = Guard(recipe.train, start.facts, ranks)
     gradients = GradientCheck(start.facts, guard, ranks)
     with ranks.alike():
@@ -112,7 +137,7 @@ def _attempt(
         keepers: list[Keeper] = [gradients, guard, *([validation] if validation else [])]
         best = [KeepBest(run, recipe, built, validation, ranks)] if validation else []
         with ranks.noticing_loss():
-            _take_steps(trainer, run, start, [gradients, *best], keepers, console=console, report_to=report_to)
+            _take_steps(trainer, run, start, [gradients, *best], keepers, console=console, others=others)
         with ranks.alike():
             if validation:
                 validation.check_fault(trainer.state.global_step)
@@ -190,7 +215,7 @@ def _take_steps(
     keepers: Sequence[Keeper],
     *,
     console: Console,
-    report_to: Sequence[str],
+    others: Sequence[TrainerCallback],
 ) -> None:
     """Train to the last step, or until a signal comes.
 
@@ -214,7 +239,6 @@ def _take_steps(
         stop = StopOnSignal(console, ranks)
         try:
             journal = Journal(run, keepers, bar, recorder, trainer.pace, guard=trainer.guard, ranks=ranks)
-            others = reporters(report_to, run, start.step) if ranks.is_first else []
             for callback in (*watchers, stop, journal, *others, StopWhenSaved(stop)):
                 trainer.add_callback(callback)
             with in_words_of_workers():

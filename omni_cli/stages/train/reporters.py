@@ -1,17 +1,25 @@
 """Where else a training's curves go, besides history.jsonl: what the Trainer can report to, by `--report-to`."""
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 
 from omni_cli.config import nearest
-from omni_cli.errors import UsageError
+from omni_cli.errors import OmniError, UsageError
 from omni_cli.stages.runs import TENSORBOARD, Run
 from omni_cli.telemetry import installed_version
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet-ml", "trackio": "trackio"}
+_KEEPS_HERE = {"wandb": "WANDB_MODE=offline", "comet_ml": "COMET_START_ONLINE=0"}
+_COMET_MODES = ("get", "get_or_create", "create")
+_PROJECT = "huggingface"  # the Trainer's own callback for Weights & Biases says so where nobody names one
 
 
 def check_reporters(names: Sequence[str]) -> None:
@@ -28,15 +36,36 @@ def check_reporters(names: Sequence[str]) -> None:
             raise UsageError(f"--report-to {name}: {package} is not installed; install it with: pip install {package}")
 
 
-def reporters(names: Sequence[str], run: Run, step: int) -> list[TrainerCallback]:
-    """Return the Trainer's own callbacks for what was asked; TensorBoard's curves lie in the run's folder.
+@contextmanager
+def reporting(names: Sequence[str], run: Run, step: int) -> Iterator[list[TrainerCallback]]:
+    """Give the Trainer's own callbacks for what was asked, logged in before anything slow is done, and end them.
+
+    TensorBoard's curves lie in the run's folder.
 
     Args:
         names: of the reporters.
         run: that is trained.
         step: that it goes on from; what TensorBoard holds of later ones was lost, and is hidden.
+
+    Raises:
+        UsageError: nobody is logged in to one.
+        OmniError: one does not answer.
     """
-    return [_tensorboard(run, step) if name == "tensorboard" else _other(name) for name in names]
+    with ExitStack() as held:
+        if names:
+            held.enter_context(_stdout_to_stderr())
+        callbacks = [_callback(name, run, step) for name in names]
+        for name in names:
+            if name in _SESSIONS:
+                held.enter_context(_SESSIONS[name](run))
+        yield callbacks
+
+
+def _callback(name: str, run: Run, step: int) -> Any:
+    if name == "tensorboard":
+        return _tensorboard(run, step)
+    (kind,) = get_reporting_integration_callbacks([name])
+    return kind()
 
 
 def _tensorboard(run: Run, step: int) -> Any:
@@ -46,6 +75,71 @@ def _tensorboard(run: Run, step: int) -> Any:
     return callback
 
 
-def _other(name: str) -> Any:
-    (kind,) = get_reporting_integration_callbacks([name])
-    return kind()
+@contextmanager
+def _wandb(run: Run) -> Iterator[None]:
+    """Open what the callback finds open; the library itself would end it when the process ends, after `--json`."""
+    wandb = import_module("wandb")
+    try:
+        with _nobody_to_ask():
+            session = wandb.init(project=os.environ.get("WANDB_PROJECT", _PROJECT), name=run.name)
+    except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
+        raise UsageError(_refused("wandb", error)) from error
+    except wandb.errors.Error as error:
+        raise OmniError(_refused("wandb", error)) from error
+    try:
+        yield
+    except BaseException:
+        session.finish(exit_code=1)
+        raise
+    session.finish()
+
+
+@contextmanager
+def _comet(run: Run) -> Iterator[None]:
+    """Open what the callback finds open: one that is not heard says nothing, and the curves would be lost."""
+    comet = import_module("comet_ml")
+    mode = os.environ.get("COMET_MODE", "").lower()
+    config = comet.ExperimentConfig(name=run.name)
+    try:
+        experiment = comet.start(mode=mode if mode in _COMET_MODES else None, experiment_config=config)
+    except (ValueError, comet.exceptions.CometException) as error:
+        raise UsageError(_refused("comet_ml", error)) from error
+    if not experiment.alive:
+        raise OmniError(_refused("comet_ml", "cannot be reached, or does not know the key"))
+    try:
+        yield
+    finally:
+        experiment.end()
+
+
+_SESSIONS: dict[str, Callable[[Run], AbstractContextManager[None]]] = {"wandb": _wandb, "comet_ml": _comet}
+
+
+def _refused(name: str, why: object) -> str:
+    said = str(why).strip().splitlines()[0].rstrip(" .")
+    return f"--report-to {name}: {said}; to keep its curves on this machine set {_KEEPS_HERE[name]}"
+
+
+@contextmanager
+def _nobody_to_ask() -> Iterator[None]:
+    """Let no library wait for a login to be typed."""
+    with Path(os.devnull).open() as nothing:
+        stdin, sys.stdin = sys.stdin, nothing
+        try:
+            yield
+        finally:
+            sys.stdin = stdin
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Send elsewhere what reporters and the processes that they start print: stdout holds nothing but `--json`."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
