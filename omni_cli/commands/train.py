@@ -49,10 +49,12 @@ def command(
 ) -> None:
     """Train on shards; killed and run again, it continues bit for bit.
 
-    Exits with 75 when SIGTERM stopped it: it has saved itself, run the same command again. On N GPUs it is started by
-    torchrun --nproc-per-node N -m -- omni_cli train; a step learns from as many windows as on one. torchrun
-    itself exits with 1 whatever omni did: the code is in the last line of --json. It kills what has not ended 30 s
-    after SIGTERM: what it had not saved by then is learned again.
+    Exits with 75 when SIGTERM stopped it: it has saved itself, run the same command again. The running step has 10 s
+    to end; then, between two of its micro-batches, it is dropped, and what was learned before it is saved.
+
+    On N GPUs it is started by torchrun --nproc-per-node N -m -- omni_cli train; a step learns from as many windows as
+    on one, and is never dropped. torchrun itself exits with 1 whatever omni did: the code is in the last line of
+    --json. It kills what has not ended 30 s after SIGTERM: what it had not saved by then is learned again.
     """
     from omni_cli.commands._compose import choose_profile, compose_recipe, recipe_of_shards, typed_keys
     from omni_cli.report import console_of_rank

@@ -3,8 +3,9 @@
 import math
 import os
 import signal
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from omni_cli.report import Console, Step
 from omni_cli.stages.checkpoints import read_history, remove_stray_receipts
 from omni_cli.stages.disk import writing
 from omni_cli.stages.runs import HISTORY, Run, seal_folder
+from omni_cli.stages.train.dropping import PATIENCE_S
 from omni_cli.stages.train.guards import Guard
 from omni_cli.stages.train.pace import WAIT_GOAL, Pace, peak_memory_bytes
 from omni_cli.stages.train.ranks import ALONE, Ranks
@@ -171,22 +173,28 @@ class Journal(TrainerCallback):
 class StopOnSignal(TrainerCallback):
     """On SIGTERM or Ctrl-C the running step ends, a checkpoint is saved, and training stops: run again to go on.
 
-    Of several ranks one alone may hear it: at the end of each step they ask each other, and stop at the same one.
+    A step that does not end soon is dropped between two micro-batches. Of several ranks one alone may hear the signal:
+    at the end of each step they ask each other, and stop at the same one; their steps are shorter, and none is dropped.
 
     Args:
         console: told of it.
+        saved_at: the step that training goes on from, which is saved.
+        drop: makes the training be as when the last step ended.
         ranks: of the training.
     """
 
-    def __init__(self, console: Console, ranks: Ranks = ALONE) -> None:
-        self._heard = 0
+    def __init__(self, console: Console, saved_at: int, drop: Callable[[], None], ranks: Ranks = ALONE) -> None:
+        self._heard, self._heard_at_s = 0, 0.0
         self._console, self._ranks = console, ranks
+        self._saved_at, self._drop = saved_at, drop
         heard = [each for each in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(each) is not signal.SIG_IGN]
         self._previous = {each: signal.signal(each, self._note) for each in heard}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == self._heard == signal.SIGINT and self._ranks.count == 1:  # torchrun repeats what a terminal sends
             raise KeyboardInterrupt  # asked twice: now, without saving
+        if not self._heard:
+            self._heard_at_s = time.monotonic()
         self._heard = number
         self._console.warn("stopping after this step, to save it")
 
@@ -198,6 +206,20 @@ class StopOnSignal(TrainerCallback):
         """Save and stop where a signal came."""
         if self.agree():
             control.should_save = control.should_training_stop = True
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Drop a step that takes too long to end; save the last one that ended, where it is not saved."""
+        if not self._heard or self._ranks.count > 1 or time.monotonic() - self._heard_at_s < PATIENCE_S:
+            return
+        self._drop()
+        control.should_training_stop = True
+        control.should_save = control.should_log = state.global_step > self._saved_at
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Note which step is saved."""
+        self._saved_at = state.global_step
 
     def restore(self) -> None:
         """Give the signals back to whoever had them."""

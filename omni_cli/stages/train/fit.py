@@ -23,6 +23,7 @@ from omni_cli.samples.preprocess import Preprocess
 from omni_cli.stages import checkpoints, models, runs
 from omni_cli.stages.loading import in_words_of_workers
 from omni_cli.stages.train.callbacks import GradientCheck, Journal, Keeper, StopOnSignal, StopWhenSaved
+from omni_cli.stages.train.dropping import Droppable
 from omni_cli.stages.train.guards import BadStep, Guard
 from omni_cli.stages.train.pace import Pace, Paced
 from omni_cli.stages.train.plan import planned_steps
@@ -126,7 +127,7 @@ def _learn(
     console.say(f"run {run.folder}: {_describe(recipe, built)} from {learns_from}, {_span(start.step, steps)}")
     for note in (*built.notes, *_shared(recipe.train, ranks)):
         console.say(note)
-    trainer = make_trainer(saved, recipe, built, dataset, steps, Paced, ranks=ranks)
+    trainer = make_trainer(saved, recipe, built, dataset, steps, Droppable, Paced, ranks=ranks)
     trainer.guard, trainer.validation, trainer.pace, trainer.args.run_name = guard, validation, Pace(ranks), run.name
     if start.checkpoint and start.step == steps:  # killed before the weights were published
         # `train` would take one step more; this is what it does first, so that the same bytes are published.
@@ -236,7 +237,7 @@ def _take_steps(
     recorder = recorder_of(run, trainer.args.device, trainer.model, console, ranks)
     recording = recorder.running() if ranks.is_first else nullcontext()
     with console.progress("train", steps - start.step, "steps") as bar, recording:
-        stop = StopOnSignal(console, ranks)
+        stop = StopOnSignal(console, start.step, trainer.drop, ranks)
         try:
             journal = Journal(run, keepers, bar, recorder, trainer.pace, guard=trainer.guard, ranks=ranks)
             for callback in (*watchers, stop, journal, *others, StopWhenSaved(stop)):
@@ -257,7 +258,8 @@ def _take_steps(
         ranks.fail(Preempted(f"stopped at a bad step ({found.said}), unsaved; run the same command again"))
     if heard and trainer.state.global_step < steps:
         at = trainer.state.global_step
-        ranks.fail(Preempted(f"stopped at step {at} of {steps}, saved; run the same command again"))
+        what = f"stopped at step {at} of {steps}, saved" if at else "stopped before the first step had ended"
+        ranks.fail(Preempted(f"{what}; run the same command again"))
 
 
 def _check_labels(run: runs.Run, gradients: GradientCheck, steps: int) -> None:

@@ -3,6 +3,7 @@
 import resource
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,16 @@ from omni_cli.stages.train.guards import WINDOWS
 from omni_cli.stages.train.ranks import ALONE, Ranks
 
 WAIT_GOAL = 0.01  # of a step's time: more than that waiting for data is said
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What was counted since the last lap."""
+
+    samples: int
+    tokens: Tensor | None  # None: rows have none; a number on the device, for which nobody waits
+    wait_s: float
+    passed_s: float
 
 
 class Pace:
@@ -29,11 +40,19 @@ class Pace:
         self._start_lap()
 
     def _start_lap(self) -> None:
-        self._samples = 0
-        self._tokens: Tensor | None = None  # None: rows have none; a number on the device, for which nobody waits
-        self._wait_s = 0.0
+        self.go_back(Counted(0, None, 0.0, 0.0))
+
+    @property
+    def counted(self) -> Counted:
+        """What was counted since the last lap, to go back to."""
+        running_s = 0.0 if self._began_s is None else time.perf_counter() - self._began_s
+        return Counted(self._samples, self._tokens, self._wait_s, self._passed_s + running_s)
+
+    def go_back(self, counted: Counted) -> None:
+        """Forget what was counted since; the clock stands still."""
+        self._samples, self._tokens = counted.samples, counted.tokens
+        self._wait_s, self._passed_s = counted.wait_s, counted.passed_s
         self._began_s: float | None = None
-        self._passed_s = 0.0
 
     def begin(self) -> None:
         """Note that the batches of a step are about to be asked for."""

@@ -1,0 +1,103 @@
+"""A step that is too long for who sent SIGTERM is dropped, and taken again whole: no weight and no number changes."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from omni_cli.errors import Preempted
+from omni_cli.recipes.vlm import Vlm
+from omni_cli.stages import checkpoints, runs
+from omni_cli.stages.etl import EtlRequest, etl
+from omni_cli.stages.train import TrainRequest, callbacks, train
+from tests.support.bad_steps import night_recipe, spoilt
+from tests.support.folders import tree
+from tests.support.pipeline import QUIET, write_synthetic
+
+MICRO_BATCHES = 3  # of a step
+TIMES = ("elapsed_s", "samples_per_s", "tokens_per_s", "data_wait_share", "peak_memory_bytes")
+
+
+def recipe() -> Vlm:
+    """With dropout, whose random numbers a dropped step has drawn; epochs end within the run."""
+    settings = {"batch_size": 1, "accumulation": MICRO_BATCHES, "max_steps": 6, "save_steps": 4, "log_steps": 2}
+    return night_recipe("lora", **settings)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    data = tmp_path_factory.mktemp("dropping")
+    write_synthetic(data, cameras=("camera_front_wide_120fov",))
+    return Path(etl(recipe(), EtlRequest(data=data, workers=0), QUIET)["shards"])
+
+
+def trained(shards: Path, folder: Path) -> Path:
+    train(recipe(), TrainRequest(shards, folder, folder, "r", "test"), QUIET)
+    return folder / "r"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards, tmp_path_factory) -> Path:
+    return trained(shards, tmp_path_factory.mktemp("undisturbed"))
+
+
+def interrupted(shards: Path, folder: Path, at: int) -> str:
+    """Send SIGTERM in one of the micro-batches that are learned from; return what the training ends with."""
+
+    def send(number, batch, made):
+        if number == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return made
+
+    with spoilt(send), pytest.raises(Preempted) as stopped:
+        trained(shards, folder)
+    return str(stopped.value)
+
+
+def history(folder: Path) -> dict[int, dict[str, float]]:
+    """What was learned from and how well, by step, without times; a stop may add a line, and begins the next mean."""
+    lines = {line["step"]: line for line in checkpoints.read_history(folder)}
+    return {step: {name: line[name] for name in line if name not in TIMES} for step, line in lines.items()}
+
+
+@pytest.mark.fault("F2")
+@pytest.mark.parametrize(
+    ("in_step", "micro_batch", "saved"), [(1, 1, 0), (2, 2, 1), (3, 1, 2), (4, 2, 3), (5, 1, 4), (6, 2, 5)]
+)
+def test_a_step_that_takes_too_long_is_dropped_and_taken_again(
+    in_step, micro_batch, saved, shards, undisturbed, tmp_path, monkeypatch
+) -> None:
+    """Pain 12. Whether the last step is saved already or not, in the first step of an epoch or later."""
+    monkeypatch.setattr(callbacks, "PATIENCE_S", 0.0)
+    said = interrupted(shards, tmp_path, (in_step - 1) * MICRO_BATCHES + micro_batch)
+    folder = tmp_path / "r"
+    assert checkpoints.find_start(folder / "checkpoints", runs.open_run(folder).manifest.key()).step == saved
+    assert said.startswith(f"stopped at step {saved} of 6, saved" if saved else "stopped before the first step")
+    assert trained(shards, tmp_path) == folder
+    assert tree(folder / "final") == tree(undisturbed / "final")
+    found, expected = history(folder), history(undisturbed)
+    counted = {step: (line["samples"], line["tokens"], line["grad_norm"]) for step, line in found.items()}
+    assert {step: each for step, each in counted.items() if step in expected} == {
+        step: (line["samples"], line["tokens"], line["grad_norm"]) for step, line in expected.items()
+    }
+    whole = {step: line for step, line in found.items() if step in expected and step not in (saved, saved + 1)}
+    assert whole == {step: expected[step] for step in whole}
+
+
+def test_the_mean_loss_of_a_stop_is_that_of_the_steps_that_ended(shards, undisturbed, tmp_path, monkeypatch) -> None:
+    """What is logged at the stop has no part of the step that was dropped."""
+    monkeypatch.setattr(callbacks, "PATIENCE_S", 0.0)
+    interrupted(shards, tmp_path, MICRO_BATCHES + 2)
+    first = history(tmp_path / "r")[1]
+    trained(shards, tmp_path)
+    second = history(tmp_path / "r")[2]
+    assert (first["loss"] + second["loss"]) / 2 == pytest.approx(history(undisturbed)[2]["loss"], rel=1e-6)
+
+
+@pytest.mark.fault("F2")
+def test_a_step_that_ends_in_time_is_kept(shards, undisturbed, tmp_path) -> None:
+    said = interrupted(shards, tmp_path, MICRO_BATCHES + 1)
+    assert said.startswith("stopped at step 2 of 6, saved")
+    trained(shards, tmp_path)
+    assert tree(tmp_path / "r" / "final") == tree(undisturbed / "final")
