@@ -1,5 +1,6 @@
 """Loading Qwen-VL models and calling them the one right way: our rope ids, a frozen tower outside autograd."""
 
+import copy
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -299,7 +300,17 @@ def save_model(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype | No
     if weights != {}:
         with sharded.as_uncut(model):
             model.save_pretrained(folder, state_dict=weights)
+        if dtype:
+            _config_of(model, dtype).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+def _config_of(model: Any, dtype: torch.dtype) -> PreTrainedConfig:
+    """Return a model's configuration as of weights of another type: the library tells what a model is held in."""
+    config = copy.deepcopy(model.config)
+    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+        part.dtype = dtype
+    return cast(PreTrainedConfig, config)
 
 
 def weights_fingerprint(source: str) -> str:

@@ -160,7 +160,8 @@ class ModelSize(NamedTuple):
 
     weights: int
     learning: int  # of the weights
-    weight_bytes: int
+    weight_bytes: int  # as they are held in training, without an adapter's
+    published_bytes: int  # of the whole model once it is trained
     notes: tuple[str, ...] = ()  # as of `BuiltModel`
 
 

@@ -17,7 +17,7 @@ from omni_cli.recipe import ModelSize, TrainSettings
 CHECKPOINTS_KEPT = 2
 _BEST_KEPT = 2  # the best, and the one before it until the checkpoint that names the new one counts
 _BESIDE_BYTES = 16 << 20  # of every folder of weights: tokenizer, states of generators, receipts
-_ADAPTER_WEIGHT_BYTES = 4  # PEFT keeps an adapter in float32, whatever its base is
+_LEARNING_BYTES = 4  # of a weight that learns: it is held in float32, whatever is computed in
 _GIB = 1 << 30
 _CODE = re.compile(r"os error (\d+)")  # as Rust tells it
 _TORCH = ("inline_container.cc", "PytorchStreamWriter", "iostream error")
@@ -25,19 +25,23 @@ _TORCH = ("inline_container.cc", "PytorchStreamWriter", "iostream error")
 
 def checkpoint_bytes(size: ModelSize, tuning: str, optimizer: str) -> int:
     """Return what one checkpoint takes: the weights, and what the optimiser keeps of those that learn."""
-    return final_bytes(size, tuning) + optimizer_bytes(size, tuning, optimizer)
+    return _folder_bytes(size, tuning, size.weight_bytes) + optimizer_bytes(size, optimizer)
 
 
-def optimizer_bytes(size: ModelSize, tuning: str, optimizer: str) -> int:
-    """Return what the optimiser keeps, in memory and in a checkpoint."""
-    each = size.weight_bytes / size.weights if tuning == "full" else _ADAPTER_WEIGHT_BYTES
-    return round(size.learning * _kept_bytes(optimizer, each))
+def optimizer_bytes(size: ModelSize, optimizer: str) -> int:
+    """Return what the optimiser keeps, in memory and in a checkpoint: Adam and its kin two numbers of each weight."""
+    if "8bit" in optimizer:
+        return 2 * size.learning
+    return 0 if optimizer in ("sgd", "adafactor") else 2 * _LEARNING_BYTES * size.learning
 
 
 def final_bytes(size: ModelSize, tuning: str) -> int:
     """Return what the trained weights take: of a whole model, or of an adapter."""
-    weights = size.weight_bytes if tuning == "full" else size.learning * _ADAPTER_WEIGHT_BYTES
-    return weights + _BESIDE_BYTES
+    return _folder_bytes(size, tuning, size.published_bytes)
+
+
+def _folder_bytes(size: ModelSize, tuning: str, whole_bytes: int) -> int:
+    return (whole_bytes if tuning == "full" else size.learning * _LEARNING_BYTES) + _BESIDE_BYTES
 
 
 def run_bytes(size: ModelSize, tuning: str, settings: TrainSettings, steps: int | None) -> int:
@@ -112,10 +116,3 @@ def _refusal(error: Exception, folder: Path) -> int | None:
         state = os.statvfs(next(path for path in (folder, *folder.absolute().parents) if path.is_dir()))
         return errno.EIO if state.f_bavail * state.f_frsize > _BESIDE_BYTES else errno.ENOSPC
     return None
-
-
-def _kept_bytes(optimizer: str, weight_bytes: float) -> float:
-    """Return the bytes that an optimiser keeps of a weight: Adam and its kin two numbers, of its type or of 8 bits."""
-    if "8bit" in optimizer:
-        return 2.0
-    return 0.0 if optimizer in ("sgd", "adafactor") else 2.0 * weight_bytes

@@ -119,7 +119,8 @@ class Distill(Settings):
         net = self._empty()
         total = adapters.weight_count(net)
         model, notes = self._tuned(net)
-        return ModelSize(total, adapters.trainable_count(model), total * torch.float32.itemsize, notes)
+        held = total * torch.float32.itemsize
+        return ModelSize(total, adapters.trainable_count(model), held, held, notes)
 
     def collate(self, rows_: Sequence[Row], preprocess: ModelFramePreprocess) -> Batch:
         """Stack rows; pictures stay uint8 (b, n + 1, 2, 6, 128, 256)."""

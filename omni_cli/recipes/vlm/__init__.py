@@ -121,15 +121,11 @@ class Vlm(Settings):
         # transformers 5.23 loads a full Qwen2.5-VL checkpoint with strict=False and matches no key: build from it.
         full_resume = checkpoint is not None and self.tune.mode == "full"
         model = tuning.as_held(self).load_base(preprocess, source=str(checkpoint) if full_resume else None)
-        return tuning.built(tuning.tuned(model, self.tune), tokenizer, self.train)
+        return tuning.built(tuning.tuned(model, self.tune, tuning.frozen_type(self)), tokenizer, self)
 
     def size(self, preprocess: TiledPreprocess) -> ModelSize:
         """Return how large the model would be, without making one."""
-        model = outlines.empty_base(self.model, preprocess)
-        total = adapters.weight_count(model)
-        weight_bytes = qwen_vl.weight_bytes(model, tuning.held_type(self), self.quantization)
-        learning = adapters.trainable_count(tuning.tuned(model, self.tune))
-        return ModelSize(total, learning, weight_bytes, tuning.planned_notes(self.train))
+        return tuning.size(self, outlines.empty_base(self.model, preprocess))
 
     def load_base(self, preprocess: TiledPreprocess, source: str | None = None) -> Any:
         """Return the base model, or the same architecture with the weights of `source`."""
@@ -150,8 +146,9 @@ class Vlm(Settings):
 
     def outputs(self, model: nn.Module, batch: Batch, preprocess: TiledPreprocess) -> Tensor:
         """Return the logits (labelled tokens of all rows, vocabulary) of a batch."""
-        features = self._features(model, batch["pictures"], preprocess)
-        return qwen_vl.forward_logits(model, batch, features, losses.labelled_positions(batch["labels"]))
+        with tuning.computing(self, model):
+            features = self._features(model, batch["pictures"], preprocess)
+            return qwen_vl.forward_logits(model, batch, features, losses.labelled_positions(batch["labels"]))
 
     def self_test(self, built: BuiltModel, dataset: WindowDataset) -> str:
         """Return one line on packed windows against windows alone; empty where none are packed.

@@ -42,7 +42,7 @@ def outline(
     base = empty_base(model, preprocess)
     for weight in base.parameters():
         weight.data = weight.data.to(qwen_vl.DTYPES[precision])
-    return tuned(ready(base), tune)
+    return tuned(ready(base), tune, qwen_vl.DTYPES[precision])
 
 
 def outline_batch(name: str, net: nn.Module, windows: int, preprocess: TiledPreprocess) -> Batch:

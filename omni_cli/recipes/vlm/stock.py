@@ -36,7 +36,7 @@ def stock_training(
         tune: what of it learns.
         seed: of a base that is drawn.
     """
-    model = tuned(_base(*kind, built.tokenizer, seed), tune)
+    model = tuned(_base(*kind, built.tokenizer, seed), tune, qwen_vl.DTYPES[kind[1]])
     _copy_weights(built.model, model)
     if preprocess.vision.reads == "frames":
         return StockTraining(model, partial(stock_frames, preprocess=preprocess))

@@ -1,6 +1,7 @@
 """What of a vision-language model learns, how fast, and what a user is told of it."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from omni_cli.errors import OmniError
 from omni_cli.models import adapters, parts, quantised, qwen_vl, sharded
-from omni_cli.recipe import BuiltModel, OwnRate
+from omni_cli.recipe import BuiltModel, ModelSize, OwnRate
 from omni_cli.recipes.vlm.settings import VlmTrain, VlmTune
 
 _LET_LEARN = {
@@ -55,19 +56,45 @@ def cut(precision: str) -> Callable[[Any], Any]:
 
 
 def as_held(recipe: Any) -> Any:
-    """Return a recipe whose model is held as it learns: in float32 where it is cut over ranks."""
+    """Return a recipe whose base is loaded as that is held which learns of it itself: in float32."""
+    return recipe.model_copy(update={"precision": "float32"}) if recipe.tune.mode == "full" else recipe
+
+
+def frozen_type(recipe: Any) -> torch.dtype:
+    """Return the type of weights that do not learn; where the model is cut over ranks, before it is cut."""
     is_cut = recipe.train.sharding != "none"
-    return recipe.model_copy(update={"precision": "float32"}) if is_cut else recipe
-
-
-def held_type(recipe: Any) -> torch.dtype:
-    """Return the type of the weights of such a model, in memory and in a checkpoint."""
-    return qwen_vl.DTYPES[as_held(recipe).precision]
+    return torch.float32 if is_cut else qwen_vl.DTYPES[recipe.precision]
 
 
 def written_type(recipe: Any) -> torch.dtype | None:
-    """Return the type that trained weights are written in; None: as they are held."""
-    return qwen_vl.DTYPES[recipe.precision] if recipe.train.sharding != "none" else None
+    """Return the type that trained weights are published in; None: as they are held."""
+    return qwen_vl.DTYPES[recipe.precision] if recipe.tune.mode == "full" else None
+
+
+def computing(recipe: Any, model: nn.Module) -> AbstractContextManager[Any]:
+    """Return a context in which weights held in float32 are computed with in the precision that was asked for.
+
+    What is cut over ranks is cast as it is gathered, and PEFT casts what goes through an adapter.
+    """
+    is_cast = recipe.tune.mode == "full" and recipe.train.sharding == "none" and recipe.precision != "float32"
+    kind = next(model.parameters()).device.type
+    return torch.autocast(kind, qwen_vl.DTYPES[recipe.precision]) if is_cast else nullcontext()
+
+
+def size(recipe: Any, model: nn.Module) -> ModelSize:
+    """Return how large a base would be as it learns.
+
+    Args:
+        recipe: what learns, and how.
+        model: the base, of shapes alone; it is used up.
+    """
+    total, precision = adapters.weight_count(model), qwen_vl.DTYPES[recipe.precision]
+    held = qwen_vl.weight_bytes(model, precision, recipe.quantization)
+    learns = tuned(model, recipe.tune, frozen_type(recipe))
+    if recipe.tune.mode == "full":
+        held = sum(weight.nbytes for weight in learns.parameters())
+    learning = adapters.trainable_count(learns)
+    return ModelSize(total, learning, held, total * precision.itemsize, planned_notes(recipe))
 
 
 def adapter_spec(tune: VlmTune) -> adapters.AdapterSpec:
@@ -84,33 +111,57 @@ def adapter_spec(tune: VlmTune) -> adapters.AdapterSpec:
     )
 
 
-def tuned(model: nn.Module, tune: VlmTune) -> nn.Module:
+def tuned(model: nn.Module, tune: VlmTune, frozen: torch.dtype) -> nn.Module:
     """Return a model of which that learns which is to learn.
+
+    In full tuning what learns is held in float32, as PEFT holds an adapter: of a weight of 0.02 the next in bfloat16 is
+    1e-4 away, and a step of 1e-5 would be rounded away, every time.
+
+    Args:
+        model: the base.
+        tune: what learns.
+        frozen: type of the weights of a fully tuned model that do not.
 
     Raises:
         UsageError: a target is no layer of this model.
         OmniError: what learns is not what was asked for.
     """
-    learns = parts.freeze(model, tune.freeze) if tune.mode == "full" else adapters.attach(model, adapter_spec(tune))
+    is_full = tune.mode == "full"
+    learns = parts.freeze(model, tune.freeze) if is_full else adapters.attach(model, adapter_spec(tune))
     if (found := frozenset(parts.learning_counts(learns))) != tune.learning:
         raise OmniError(f"of the model {_listed(found)} learn; asked for {_listed(tune.learning)}")
+    for name, weight in learns.named_parameters() if is_full else ():
+        weight.data = weight.data.to(torch.float32 if parts.part_of(name) in _in_float32(tune) else frozen)
     return learns
 
 
-def built(model: nn.Module, tokenizer: Any, train: VlmTrain) -> BuiltModel:
+def _in_float32(tune: VlmTune) -> frozenset[parts.Part]:
+    """Return what learns; and the merger under a tower that does: its norm takes no other type than its input has."""
+    return tune.learning | ({"merger"} if "vision" in tune.learning else set())
+
+
+def built(model: nn.Module, tokenizer: Any, recipe: Any) -> BuiltModel:
     """Return what the stages take, with the rates of its parts and what a user should be told."""
+    train: VlmTrain = recipe.train
     rates = tuple(OwnRate(part, rate, parts.learning_names(model, part)) for part, rate in train.own_rates.items())
-    notes = (*quantised.notes(model), *_rate_notes(model, train), *_cut_notes(train))
+    notes = (*quantised.notes(model), *_held_notes(recipe), *_rate_notes(model, train), *_cut_notes(train))
     return BuiltModel(model, tokenizer, notes, rates)
+
+
+def _held_notes(recipe: Any) -> tuple[str, ...]:
+    is_cast = recipe.tune.mode == "full" and recipe.precision != "float32"
+    return (f"what learns is held in float32, and computed with in {recipe.precision}",) if is_cast else ()
 
 
 def _cut_notes(train: VlmTrain) -> tuple[str, ...]:
     return (sharded.NOTE,) if train.sharding != "none" else ()
 
 
-def planned_notes(train: VlmTrain) -> tuple[str, ...]:
+def planned_notes(recipe: Any) -> tuple[str, ...]:
     """Return what a user should be told of a training that is planned."""
-    return tuple(f"{note}; memory is that of all ranks together, without activations" for note in _cut_notes(train))
+    cut = _cut_notes(recipe.train)
+    told = tuple(f"{note}; memory is that of all ranks together, without activations" for note in cut)
+    return (*_held_notes(recipe), *told)
 
 
 def _rate_notes(model: nn.Module, train: VlmTrain) -> tuple[str, ...]:

@@ -110,18 +110,20 @@ def _remedies(recipe: Any, memory: Memory, held: int) -> str:
         ways.append("--set quantization=nf4 takes less")
     if recipe.tune.mode == "full":
         ways.append("--set tune.mode=lora takes less")
+        ways += [] if "8bit" in recipe.train.optimizer else ["--set train.optimizer=adamw_8bit takes less"]
     return ", or ".join(ways) or "make a smaller --canvas or --window at etl"
 
 
 def _larger_moment(living: "Living", model: nn.Module, recipe: Any) -> Memory:
     """Return the larger of two moments: the peak of forward and backward pass, and the optimiser's step after them."""
     size: ModelSize = recipe.size(recipe.preprocess())
-    kept = optimizer_bytes(size, recipe.tune.mode, recipe.train.optimizer)
+    kept = optimizer_bytes(size, recipe.train.optimizer)
     walked = _bytes(list(model.parameters()))
-    weights = walked - size.weights * getattr(torch, recipe.precision).itemsize + size.weight_bytes
     gradients = _bytes(_learning(model))
     # Weights of 4 bits are written out in full, one matrix at a time, whenever they are multiplied.
-    is_packed = size.weight_bytes < size.weights * getattr(torch, recipe.precision).itemsize
+    unpacked = size.weights * getattr(torch, recipe.precision).itemsize
+    is_packed = size.weight_bytes < unpacked
+    weights = walked - unpacked + size.weight_bytes if is_packed else walked
     written_out = max(_bytes([layer.weight]) for layer in _layers(model)) if is_packed else 0
     copies = 0 if any(name in recipe.train.optimizer for name in _WITHOUT_COPIES) else gradients
     at_peak, of_gradients = living.peak

@@ -76,7 +76,7 @@ def check_memory(recipe: Any, request: TrainRequest, console: Console) -> None:
 def _planned_memory(size: ModelSize, recipe: Any, memory: Memory | None) -> dict[str, Any]:
     """Return the peak of a step and what it is made of; of a recipe that cannot foresee it, what is there without."""
     if memory is None:
-        kept = disk.optimizer_bytes(size, recipe.tune.mode, recipe.train.optimizer)
+        kept = disk.optimizer_bytes(size, recipe.train.optimizer)
         return {"memory_without_activations_gib": _gib(size.weight_bytes + size.learning * 4 + kept)}
     parts = {name: _gib(getattr(memory, name)) for name in ("weights", "gradients", "optimizer", "activations")}
     tokens = {"tokens_per_sample": memory.tokens // recipe.train.batch_size} if memory.tokens else {}

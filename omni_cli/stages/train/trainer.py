@@ -173,7 +173,7 @@ def trainer_arguments(folder: Path, recipe: Any, steps: int, ranks: Ranks = ALON
         "seed": settings.seed,
         "data_seed": settings.seed,
         "use_cpu": not on_gpu,
-        "bf16": on_gpu and recipe.precision == "bfloat16",
+        "bf16": on_gpu and recipe.precision == "bfloat16" and settings.sharding == "none",  # FSDP2's layers cast
         "fp16": on_gpu and recipe.precision == "float16",
         "remove_unused_columns": False,
         "report_to": "none",
