@@ -92,6 +92,13 @@ def test_a_row_that_takes_longer_than_there_is_time_is_stopped(tmp_path, monkeyp
         bench_rows([UNKNOWN], request, "this CPU", QUIET)
 
 
+def test_a_compiled_row_stands_beside_the_same_that_is_not():
+    """So that their rates say whether compiling pays."""
+    (compiled,) = (row for row in ROWS if "train.compile=true" in row.sets)
+    alike = tuple(each for each in compiled.sets if each != "train.compile=true")
+    assert alike in [row.sets for row in ROWS]
+
+
 def test_the_rows_of_a_gpu_are_refused_without_one(tmp_path):
     with pytest.raises(UsageError, match="torch sees no GPU"):
         bench_gpu(RowsRequest("vlm", "h200-bf16", tmp_path / "rows.json", 9.0), QUIET)

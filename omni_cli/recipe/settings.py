@@ -12,7 +12,7 @@ CUTTING = ("adamw_torch", "adamw_torch_fused", "sgd")
 WATCHING = frozenset({"on_bad_step", "max_roll_backs", "spike_window", "spike_factor"})
 
 # Those that older runs do not know, with the value that changes nothing: a run is not known by them.
-WITHOUT_EFFECT = (("sharding", "none"),)
+WITHOUT_EFFECT = (("sharding", "none"), ("compile", False))
 
 
 class SampleSettings(Settings):

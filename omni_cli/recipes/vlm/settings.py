@@ -54,6 +54,7 @@ class VlmTrain(TrainSettings):
     max_tokens: int = Field(65_536, ge=1)  # of one sample
     vision_learning_rate: float | None = Field(None, gt=0)  # of what learns in the vision tower; else learning_rate
     merger_learning_rate: float | None = Field(None, gt=0)  # of what joins it to the language model
+    compile: bool = False  # layers are trained as programs of torch.compile
 
     @property
     def own_rates(self) -> dict[Part, float]:

@@ -10,7 +10,7 @@ from pydantic import ValidationInfo
 from torch import nn
 
 from omni_cli.errors import OmniError
-from omni_cli.models import adapters, parts, quantised, qwen_vl, sharded
+from omni_cli.models import adapters, compiled, parts, quantised, qwen_vl, sharded
 from omni_cli.recipe import BuiltModel, ModelSize, OwnRate
 from omni_cli.recipes.vlm.settings import VlmTrain, VlmTune
 
@@ -31,6 +31,8 @@ def can_be_trained(train: VlmTrain, info: ValidationInfo) -> VlmTrain:
     """Refuse a rate for a part of which nothing learns, and to cut over ranks what is small or not even."""
     if train.sharding != "none":
         _check_cut(train.sharding, info)
+    if train.compile:
+        _check_compiled(train.sharding, info)
     learning = info.data["tune"].learning if "tune" in info.data else parts.TITLES
     if idle := [part for part in train.own_rates if part not in learning]:
         title = parts.TITLES[idle[0]]
@@ -48,6 +50,15 @@ def _check_cut(sharding: str, info: ValidationInfo) -> None:
         )
     if info.data.get("precision") == "float16":
         raise ValueError(f"sharding = {sharding} does not go with precision = float16; take bfloat16 or float32")
+
+
+def _check_compiled(sharding: str, info: ValidationInfo) -> None:
+    """Refuse what nobody tried; and DoRA, whose layers PEFT 0.21 computes so that each shape needs several programs."""
+    mode = info.data["tune"].mode if "tune" in info.data else None
+    found = {"sharding": sharding, "quantization": info.data.get("quantization"), "tune.mode": mode}
+    for name, value in found.items():
+        if value in ("fsdp2", "nf4", "dora"):
+            raise ValueError(f"compile = true does not go with {name} = {value}; leave it at false")
 
 
 def cut(precision: str) -> Callable[[Any], Any]:
@@ -145,6 +156,7 @@ def built(model: nn.Module, tokenizer: Any, recipe: Any) -> BuiltModel:
     train: VlmTrain = recipe.train
     rates = tuple(OwnRate(part, rate, parts.learning_names(model, part)) for part, rate in train.own_rates.items())
     notes = (*quantised.notes(model), *_held_notes(recipe), *_rate_notes(model, train), *_cut_notes(train))
+    notes += compiled.compile_layers(model) if train.compile else ()
     return BuiltModel(model, tokenizer, notes, rates)
 
 

@@ -50,6 +50,11 @@ ROWS = (
         (_QWEN3, "quantization=nf4", "train.batch_size=32", _AGAIN),
         False,
     ),
+    Row(
+        "Qwen2.5-VL-7B, LoRA, 32 windows, layers recomputed, compiled",
+        (_QWEN2_5, "train.batch_size=32", _AGAIN, "train.compile=true"),
+        False,
+    ),
 )
 
 
