@@ -14,7 +14,8 @@ import pytest
 
 from omni_cli.errors import DataError, OmniError, UsageError
 from omni_cli.samples.shards import open_shards, recording_folder
-from omni_cli.stages.etl.memory import GIB, machine_bytes, worker_bytes
+from omni_cli.stages.etl.memory import worker_bytes
+from omni_cli.stages.memory import GIB, machine_bytes
 from tests.support import openpilot as made
 from tests.support.etl_once import command, run, undisturbed
 from tests.support.folders import tree
@@ -190,7 +191,7 @@ def job():
 
 @pytest.mark.fault("F20")
 def test_workers_share_the_memory_of_the_job(job):
-    script = "from omni_cli.stages.etl.memory import machine_bytes; print(machine_bytes())"
+    script = "from omni_cli.stages.memory import machine_bytes; print(machine_bytes())"
     inside = ["bash", "-c", f'echo $$ > {job}/cgroup.procs; exec "$@"', "bash", sys.executable, "-c", script]
     assert subprocess.run(inside, capture_output=True, text=True, check=True).stdout == f"{3 * GIB}\n"
 

@@ -19,8 +19,9 @@ from omni_cli.errors import OmniError, UsageError
 from omni_cli.models import qwen_vl
 from omni_cli.recipes.vlm import packed
 from omni_cli.recipes.vlm.decoding import agreement, first_choices
+from omni_cli.report import Console
 from omni_cli.samples import prompts
-from omni_cli.stages import models, runs
+from omni_cli.stages import memory, models, programs, runs
 from omni_cli.stages.export import ExportRequest, export, parse_batches
 from omni_cli.stages.programs import compare_outputs, needed_bytes, of_type
 from tests.support.pipeline import QUIET, Made, make_run, tiny_recipe, write_synthetic
@@ -262,6 +263,21 @@ def test_what_programs_need_is_known_before_they_are_written(made, in_onnx, plan
     with pytest.raises(OmniError, match=r"ONNX programs need about 0\.\d\d GiB, 0\.00 GiB are free; .* with --out$"):
         export(made.recipe, made.run, ExportRequest("onnx", out), QUIET)
     assert not list(made.run.folder.glob("*full*"))
+
+
+def test_an_export_that_takes_more_memory_than_there_is_is_told_of(made, monkeypatch):
+    weights = sum(weight.numel() for weight in made.recipe.load_base(made.recipe.preprocess()).parameters())
+    monkeypatch.setattr(memory, "machine_bytes", lambda: 10 * weights)
+    monkeypatch.setattr(programs, "load", lambda *_: pytest.fail("it was told of first"))
+    console = Console(quiet=True)
+    monkeypatch.setattr(console, "warn", lambda said: pytest.fail(f"10 bytes a weight are enough: {said}"))
+    with pytest.raises(pytest.fail.Exception, match="told of first"):
+        export(made.recipe, made.run, ExportRequest("onnx", made.run.folder / "large"), console)
+    said: list[str] = []
+    monkeypatch.setattr(console, "warn", said.append)
+    with pytest.raises(pytest.fail.Exception, match="told of first"):
+        export(made.recipe, made.run, ExportRequest("onnx", made.run.folder / "large", dtype="float16"), console)
+    assert re.fullmatch(rf"an export of {weights:,} weights to ONNX takes about .* it may be killed: .*", said[0])
 
 
 def test_a_second_export_does_nothing_and_another_opset_is_another_export(made, in_onnx):

@@ -17,6 +17,7 @@ from omni_cli.report import Console, counted
 from omni_cli.stages import licences, models, programs, runs
 from omni_cli.stages.cards import HERE, README, Published, card_text, measured_data, put_card
 from omni_cli.stages.disk import check_room
+from omni_cli.stages.memory import warn_of_more
 from omni_cli.stages.merge import MergeRequest, merge
 from omni_cli.stages.origins import check_right, origin_of
 from omni_cli.stages.push import PushRequest, check_repository, push
@@ -222,6 +223,8 @@ def _export_onnx(job: Job) -> dict[str, Any]:
     """Write the recipe's programs, each compared with torch on seeded inputs before any is published."""
     recipe, run, request = job.recipe, job.run, job.request
     runtime, preprocess = programs.ready(request.opset, request.dtype), run.manifest.preprocess
+    weights = recipe.size(preprocess).weights
+    warn_of_more(programs.peak_bytes(weights, request.dtype), f"an export of {weights:,} weights to ONNX", job.console)
     built = programs.load(recipe, run, job.console)
     planned = recipe.programs(built, preprocess, request.batches)
     needed = programs.needed_bytes(planned, request.dtype)

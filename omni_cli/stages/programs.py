@@ -26,6 +26,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16}
 # Largest difference of an output from torch in float32, as a share of the largest output.
 _TOLERANCE = {"float32": 1e-4, "float16": 2e-2}
 _GRAPH_BYTES = 4 << 20  # of a program beside its weights
+_PEAK = {"float32": 2.4, "float16": 2.9}  # of the memory of the weights in float32, measured with 0.96 GiB of them
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,11 @@ def _merged(recipe: Exportable, adapted: BuiltModel, preprocess: Preprocess, con
         )
     console.say(f"the adapter is folded into its base: outputs differ by {difference:.1e}, {allowed:.1e} allowed")
     return merged
+
+
+def peak_bytes(weights: int, dtype: str) -> float:
+    """Return the memory that it takes to write and compare programs of a model of so many weights."""
+    return weights * torch.float32.itemsize * _PEAK[dtype]
 
 
 def needed_bytes(planned: Sequence[Program], dtype: str) -> int:

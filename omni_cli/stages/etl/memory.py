@@ -1,39 +1,17 @@
 """How much memory a worker may have: its share of the machine, so that all of them together never exhaust it."""
 
 from math import prod
-from pathlib import Path
-
-import psutil
 
 from omni_cli.samples.camera_frames import camera_frames
 from omni_cli.samples.preprocess import Preprocess
 from omni_cli.samples.tables import FRAME_ROWS_PER_BATCH
 from omni_cli.scene.recording import Recording
+from omni_cli.stages.memory import GIB, machine_bytes
 
-GIB = 1 << 30
 _SHARE = 0.9  # the rest is for the supervisor and the system
 _MAPPED_BYTES = GIB  # libraries map 1.5 GiB before the first recording is opened, and touch 0.5 (measured: torch 2.13)
 _LEAST_BYTES = GIB
 _LIBRARY_BYTES, _DECODER_FRAMES = 320 << 20, 20  # measured: numpy, torch, pyarrow, PyAV; H.264 keeps up to 16 frames
-_OWN_CGROUPS, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")  # cgroups(7)
-
-
-def machine_bytes() -> int:
-    """Return the memory of this machine, or of the container or the job around this process where that is less."""
-    found = [path.read_text().strip() for path in _limit_files() if path.is_file()]
-    return min([int(psutil.virtual_memory().total), *(int(text) for text in found if text.isdigit())])
-
-
-def _limit_files() -> list[Path]:
-    """Return what may limit this process: its control group, as Slurm makes one a job, and those around it."""
-    lines = _OWN_CGROUPS.read_text().splitlines() if _OWN_CGROUPS.is_file() else []
-    files = []
-    for controllers, group in (line.split(":", 2)[1:] for line in lines):
-        if controllers in ("", "memory"):  # version 2, version 1
-            name = "memory.limit_in_bytes" if controllers else "memory.max"
-            own = _CGROUPS / controllers / group.lstrip("/")
-            files += [folder / name for folder in (own, *own.parents) if folder.is_relative_to(_CGROUPS / controllers)]
-    return files
 
 
 def worker_bytes(workers: int, worker_gb: float | None) -> int:
