@@ -3,8 +3,10 @@
 import json
 import re
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -338,3 +340,21 @@ def test_telemetry_lines_are_json_without_anything_secret(resumed) -> None:
     text = (run.folder / runs.TELEMETRY).read_text()
     assert str(Path.home()) not in text
     assert all(json.loads(line)["session"] in (1, 2) for line in text.splitlines())
+
+
+def test_each_step_tells_its_loss_and_how_long_it_waited_for_data(shards, tmp_path, monkeypatch) -> None:
+    notes: list[str] = []
+
+    @contextmanager
+    def progress(*_):
+        yield SimpleNamespace(advance=lambda count=1, note="": notes.append(note))
+
+    console = Console(quiet=True)
+    monkeypatch.setattr(console, "progress", progress)
+    train(kill_recipe("qwen2_5_vl", "lora", "cosine", 4), request(shards, tmp_path), console)
+    assert [bool(re.fullmatch(r"loss \d+\.\d{3}, \d+\.\d% of the time waiting for data", note)) for note in notes] == [
+        False,  # nothing is logged before the third
+        False,
+        False,
+        True,
+    ]

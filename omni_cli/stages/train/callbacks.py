@@ -22,7 +22,7 @@ from omni_cli.stages.disk import writing
 from omni_cli.stages.runs import HISTORY, Run, seal_folder
 from omni_cli.stages.train.dropping import PATIENCE_S
 from omni_cli.stages.train.guards import Guard
-from omni_cli.stages.train.pace import WAIT_GOAL, Pace, peak_memory_bytes
+from omni_cli.stages.train.pace import Pace, peak_memory_bytes
 from omni_cli.stages.train.ranks import ALONE, Ranks
 from omni_cli.stages.train.rates import SUFFIX
 from omni_cli.stages.train.telemetry import Recorder
@@ -142,8 +142,8 @@ class Journal(TrainerCallback):
         """Return the pace since the last line, what was learned from so far, and the peak of memory."""
         pace, counted = self._pace.lap()
         self._counted.update(counted)
-        waits = pace.get("data_wait_share", 0.0)
-        self._waits = f", {waits:.1%} of the time waiting for data" if waits > WAIT_GOAL else ""
+        if "data_wait_share" in pace:
+            self._waits = f", {pace['data_wait_share']:.1%} of the time waiting for data"
         return {**pace, **self._counted, "peak_memory_bytes": peak_memory_bytes(args.device)}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -13,7 +13,7 @@ from omni_cli.recipe import Batch
 from omni_cli.stages.train.guards import WINDOWS
 from omni_cli.stages.train.ranks import ALONE, Ranks
 
-WAIT_GOAL = 0.01  # of a step's time: more than that waiting for data is said
+WAIT_GOAL = 0.01  # of a step's time
 
 
 @dataclass(frozen=True)
