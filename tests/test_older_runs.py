@@ -54,3 +54,6 @@ def test_what_omni_0_5_did_not_know_is_compared_with_its_default(older):
     other = recipe.model_copy(update={"train": recipe.train.model_copy(update={"publish": "best"})})
     with pytest.raises(UsageError, match=r"other settings \(settings.train.publish: last -> best\)"):
         train(other, request, QUIET)
+    compiled = recipe.model_copy(update={"train": recipe.train.model_copy(update={"compile": True})})
+    with pytest.raises(UsageError, match=r"other settings \(settings.train.compile: False -> True\)"):
+        train(compiled, request, QUIET)

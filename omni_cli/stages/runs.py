@@ -216,13 +216,20 @@ def same_run(folder: Path, manifest: RunManifest, schema: type[Settings]) -> Run
     if run.is_done():
         settings = run.recipe_settings(schema).model_dump(mode="json")
         held = held.model_copy(update={"settings": settings})
-    if changed := differences(held.identity(), manifest.identity()):
+    if changed := differences(_spelled_out(held), _spelled_out(manifest)):
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise UsageError(
             f"run {folder} was started with other settings ({'; '.join(changed[:3])}{more}); "
             "use --fresh to start it anew, or --run NAME for another"
         )
     return run
+
+
+def _spelled_out(manifest: RunManifest) -> RunManifest:
+    """Return what the weights depend on, with what changes nothing: `compile: true -> false` tells more than None."""
+    identity = manifest.identity()
+    train = {**dict(WITHOUT_EFFECT), **identity.settings.get("train", {})}
+    return identity.model_copy(update={"settings": {**identity.settings, "train": train}})
 
 
 @contextmanager
