@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from omni_cli.models import families, losses, qwen_vl, rope, tiny, wiring
 from omni_cli.recipe import Row
 from omni_cli.samples import prompts
 from omni_cli.samples.answer_formats import FORMATS
-from omni_cli.samples.tiling import Family, TiledPreprocess
+from omni_cli.samples.tiling import Family, Labels, TiledPreprocess
 
 _SIDECAR_FORMAT = 1
 SIDECAR = pa.schema(
@@ -80,14 +81,25 @@ def _video_token(model: str, sentences: tuple[str, ...], family: Family) -> int:
 
 
 def sidecar_key(model: str, preprocess: TiledPreprocess) -> str:
-    """Return the hash of everything that token ids depend on."""
+    """Return the hash of everything that token ids depend on; what is said is in it as the ids of an example."""
+    tokenizer, step = _encoder(model, preprocess), time_step(model, preprocess)
     facts = {
         "format": _SIDECAR_FORMAT,
-        "tokenizer": _encoder(model, preprocess).backend_tokenizer.to_str(),
+        "tokenizer": tokenizer.backend_tokenizer.to_str(),
         "preprocess": preprocess.model_dump(mode="json"),
-        "time_step": time_step(model, preprocess),
+        "time_step": step,
+        "template": encode_row(_example(preprocess.labels), preprocess, tokenizer, step),
     }
     return files.hash_json(facts)[:16]
+
+
+def _example(labels: Labels) -> dict[str, Any]:
+    """Return a window in which no two numbers are alike: its ids tell which of them are said, in what order and how."""
+    targets: dict[str, Any] = {"start_speed_mps": 7.89}
+    for place, (name, value) in enumerate(FORMATS[labels].zero.items(), start=1):
+        falling = 12.345 * place - 0.37 * np.arange(np.size(value)).reshape(np.shape(value))
+        targets[name] = value if isinstance(value, str) else falling
+    return targets
 
 
 def encode_windows(model: str, windows: pa.Table, preprocess: TiledPreprocess) -> pa.Table:
