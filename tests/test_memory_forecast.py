@@ -1,5 +1,6 @@
 """`omni train --dry-run` foresees the memory of a step: held against what a process really took."""
 
+import json
 import os
 import statistics
 import subprocess
@@ -13,6 +14,7 @@ from omni_cli.profiles import Machine, load_profile
 from omni_cli.recipes.vlm import Vlm
 from omni_cli.recipes.vlm.settings import VlmSample
 from omni_cli.stages.checkpoints import read_history
+from omni_cli.stages.runs import HISTORY, TELEMETRY
 from omni_cli.stages.train import TrainRequest, train
 from omni_cli.stages.train.forecast import Memory, check_fits, forecast
 from tests.support.pipeline import QUIET, make_run, tiny_recipe, write_synthetic
@@ -138,18 +140,54 @@ def test_a_training_that_cannot_fit_its_accelerator_does_not_begin(tmp_path, tig
     assert not list(tmp_path.iterdir())
 
 
-def test_hours_are_those_of_a_run_whose_steps_did_the_same(tmp_path):
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory):
+    """A finished run of four steps that logs each, measures and saves every other, and a plan of one like it."""
+    folder = tmp_path_factory.mktemp("logged")
     recipe = tiny_recipe(cameras="1-cam")
-    write_synthetic(tmp_path / "data", cameras=("camera_front_wide_120fov",))
-    made = make_run(tmp_path, recipe, data=tmp_path / "data")
-    longer = recipe.model_copy(update={"train": recipe.train.model_copy(update={"max_steps": 3_600_000})})
-    request = TrainRequest(made.shards, made.data, tmp_path / "runs", "other", "test", dry_run=True)
-    plan = train(longer, request, QUIET)
-    speeds = [line["samples_per_s"] for line in read_history(made.run.folder) if "samples_per_s" in line]
-    assert plan["hours"] == pytest.approx(1000 * recipe.train.batch_size / statistics.median(speeds), rel=0.01)
-    assert plan["tokens_per_sample"] == window_tokens(recipe)
-    other = longer.model_copy(update={"train": longer.train.model_copy(update={"batch_size": 3})})
-    assert train(other, request, QUIET)["hours"].startswith("unknown: no finished run of this profile, model and batch")
+    each = {"max_steps": 4, "log_steps": 1, "save_steps": 2}
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=each)})
+    write_synthetic(folder / "data", cameras=("camera_front_wide_120fov",))
+    made = make_run(folder, recipe, data=folder / "data")
+    request = TrainRequest(made.shards, made.data, folder / "runs", "other", "test", dry_run=True)
+
+    def plan(**changes):
+        longer = {"max_steps": 3_600, **changes}
+        return train(recipe.model_copy(update={"train": recipe.train.model_copy(update=longer)}), request, QUIET)
+
+    return made, plan
+
+
+def test_hours_are_those_of_a_run_whose_steps_did_the_same(logged):
+    made, plan = logged
+    step_s = 2 / statistics.median(line["samples_per_s"] for line in read_history(made.run.folder))
+    planned = plan()
+    assert planned["hours"] > 1.005 * step_s  # of 3600 steps: what measuring and saving take comes on top
+    assert planned["tokens_per_sample"] == window_tokens(made.recipe)
+    unknown = "unknown: no finished run of this profile, model, batch and validation is here, of two logged lines"
+    for other in ({"batch_size": 3}, {"validation_windows": 3}):
+        assert plan(**other)["hours"].startswith(unknown)
+
+
+def test_hours_hold_what_measuring_and_saving_take_and_not_what_a_kill_lost(logged):
+    """The clock of a line's pace stands still at a checkpoint, people's does not."""
+    made, plan = logged
+    lines = [(1, 9.0), (2, 13.0), (3, 17.0), (4, 18.0)]  # a step takes one second; at step 2 the val split three
+    history = [{"step": at, "loss": 1.0, "samples": 2 * at, "samples_per_s": 2.0, "elapsed_s": s} for at, s in lines]
+    place = {"session": 1, "step": 4}
+    ends = [{**place, "elapsed_s": 0.0, "opened": {}}, {**place, "elapsed_s": 19.0}]  # to save takes three and one
+    write_lines(made.run.folder, history, ends)
+    assert plan()["hours"] == pytest.approx((3600 + 1800 * (3 + 3 + 1) / 2) / 3600, rel=0.01)
+    history[3]["elapsed_s"], ends[1]["elapsed_s"] = 518.0, 519.0
+    write_lines(made.run.folder, history, [ends[0], {**ends[0], "elapsed_s": 500.0}, ends[1]])
+    assert plan()["hours"] == pytest.approx((3600 + 1800 * (3 + 3 + 1)) / 3600, rel=0.01)
+    write_lines(made.run.folder, history[3:], [ends[0]])
+    assert plan()["hours"].startswith("unknown")  # nobody can tell it from what comes before a first step
+
+
+def write_lines(folder, history, telemetry) -> None:
+    for name, lines in ((HISTORY, history), (TELEMETRY, telemetry)):
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 @pytest.mark.marathon

@@ -2,7 +2,8 @@
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from omni_cli.stages.train.shards import chosen_shards
 from omni_cli.stages.train.telemetry import read_telemetry
 
 _OF_A_STEP = ("batch_size", "accumulation", "optimizer", "gradient_checkpointing")
+_OF_A_SAVE = ("validation_windows", "publish")
 
 
 def dry_run(recipe: Any, request: TrainRequest, console: Console, processes: int = 1) -> dict[str, Any]:
@@ -88,26 +90,59 @@ def _gib(amount: float) -> float:
 
 
 def _planned_hours(recipe: Any, request: TrainRequest, steps: int | None, processes: int) -> float | str:
-    """Return how long the steps take at the pace of the newest finished run of this profile with steps like these."""
+    """Return how long it takes at the pace of the newest finished run of this profile that did the same.
+
+    The pace is that of steps alone; what stands still at each checkpoint, to be measured and saved, comes on top.
+    """
     if steps is None:
         return "unknown: it is not known how many steps there are"
     for folder in locate.finished_runs(request.runs):
         manifest = runs.open_run(folder).manifest
-        speeds = [line["samples_per_s"] for line in read_history(folder) if "samples_per_s" in line]
         is_alike = manifest.profile == request.profile and _is_alike(manifest.settings, recipe)
-        if speeds and is_alike and _processes(folder) == {processes}:
+        if not is_alike or _processes(folder) != {processes}:
+            continue
+        lines = [line for line in read_history(folder) if line.keys() >= {"samples_per_s", "elapsed_s"}]
+        pause_s = _pause_s(lines, read_telemetry(folder / runs.TELEMETRY), manifest.settings["train"]["save_steps"])
+        if pause_s is not None:
             samples: int = steps * recipe.train.batch_size * recipe.train.accumulation
-            return float(f"{samples / statistics.median(speeds) / 3600:.3g}")
-    return "unknown: no finished run of this profile, model and batch is here; omni bench train measures a step"
+            steps_s = samples / statistics.median(line["samples_per_s"] for line in lines)
+            pauses = math.ceil(steps / recipe.train.save_steps)
+            return float(f"{(steps_s + pauses * pause_s) / 3600:.3g}")
+    return (
+        "unknown: no finished run of this profile, model, batch and validation is here, of two logged lines or more; "
+        "omni bench train measures a step"
+    )
+
+
+def _pause_s(
+    history: Sequence[Mapping[str, float]], telemetry: Sequence[Mapping[str, Any]], save_steps: int
+) -> float | None:
+    """Return how long a run stood still at a checkpoint, None where it has none after its first line.
+
+    That is all time between two lines of one session, and after the last, in which no step was taken. Before the first
+    line of a session much else is done, once: it gets ready, and what a kill lost was taken in vain.
+    """
+    begun_s = [line["elapsed_s"] for line in telemetry if "opened" in line]
+    still_s, count = 0.0, 0
+    for before, line in pairwise(history):
+        if any(before["elapsed_s"] <= at_s <= line["elapsed_s"] for at_s in begun_s):
+            continue
+        steps_s = (line["samples"] - before["samples"]) / line["samples_per_s"]
+        still_s += max(line["elapsed_s"] - before["elapsed_s"] - steps_s, 0.0)
+        count += line["step"] % save_steps == 0 or line is history[-1]
+    if not count:
+        return None
+    ended_s: float = max(line["elapsed_s"] for line in (history[-1], *telemetry))
+    return (still_s + ended_s - history[-1]["elapsed_s"]) / count
 
 
 def _is_alike(settings: Mapping[str, Any], recipe: Any) -> bool:
-    """Say whether a step of a run did what a step of this recipe will do."""
+    """Say whether a step and a checkpoint of a run did what those of this recipe will do."""
     ours = recipe.model_dump(mode="json")
     same = all(
         settings.get(name) == ours.get(name) for name in ("model", "precision", "quantization", "sample", "tune")
     )
-    return same and all(settings["train"][name] == ours["train"][name] for name in _OF_A_STEP)
+    return same and all(settings["train"].get(name) == ours["train"][name] for name in (*_OF_A_STEP, *_OF_A_SAVE))
 
 
 def _processes(folder: Path) -> set[int]:
