@@ -14,7 +14,9 @@ from huggingface_hub import ModelCard
 from omni_cli import files
 from omni_cli.errors import DataError, OmniError, UsageError
 from omni_cli.formats.physical_ai_av import LICENCE, REPOSITORY
+from omni_cli.recipes.vlm.settings import VlmSample
 from omni_cli.report import Console
+from omni_cli.samples.answer_formats import FORMATS
 from omni_cli.stages import models, runs
 from omni_cli.stages.cards import Published, card_text, escape, put_card
 from omni_cli.stages.evaluate import EvalRequest, evaluate
@@ -107,6 +109,22 @@ def test_the_card_tells_what_the_model_is(made):
         assert told in card.text
     assert ("## Merge" in card.text) == (made.recipe.tune.mode == "lora")
     assert runs.verified_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("labels", "does"),
+    [
+        ("ego-motion", "It reads how its own car moves from the pictures of its cameras."),
+        ("speed", "It reads how fast its own car moves from the pictures of its cameras."),
+        ("waypoints", "From the pictures of its cameras it foretells the path of its own car for 6.4 s."),
+        ("reasoning", "From the pictures of its cameras it says what the driver does next and why, and foretells"),
+    ],
+)
+def test_the_card_says_what_the_labels_are_of(labels, does):
+    recipe = tiny_recipe(sample=VlmSample(labels=labels))
+    about = recipe.about(recipe.preprocess(), "hf", NAME)
+    assert about.does.startswith(does)
+    assert FORMATS[labels].question in about.asked
 
 
 def test_nothing_of_this_machine_is_published(made, tmp_path):

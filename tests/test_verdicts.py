@@ -51,6 +51,18 @@ def test_a_model_that_needs_no_pictures_is_told(values, said):
     assert [line[: len(start)] for line, start in zip(found, said, strict=True)] == said
 
 
+@pytest.mark.parametrize(
+    ("recordings", "whose"), [(1, "another stretch of the same drive"), (2, "another drive"), (8, "another drive")]
+)
+def test_whose_pictures_were_shown_is_said(recordings, whose):
+    """Of one recording they are swapped between stretches of it: see `conditions`."""
+    found = verdicts({**report(model=8.0, pictures_swapped=8.1), "recordings": recordings}, METRIC)
+    assert found == [
+        "the answers hardly depend on the pictures: ADE 2 s is 8.00 m with the right pictures, 8.10 with those of "
+        + whose
+    ]
+
+
 def test_without_intervals_it_says_why():
     one = report(model=0.8, pictures_swapped=3.2, constant_velocity=2.0)
     one["conditions"][0]["ade_2s_interval"], one["recordings"] = None, 1

@@ -1,13 +1,14 @@
 """What a model card tells of a vision-language model: what it is asked, what it answers, how others load it."""
 
 import json
+from collections.abc import Mapping
 
 from omni_cli.models import families
 from omni_cli.recipe import About, Loading
 from omni_cli.recipes.vlm.onnx_example import by_onnxruntime
 from omni_cli.samples import prompts
 from omni_cli.samples.answer_formats import FORMATS
-from omni_cli.samples.tiling import TiledPreprocess
+from omni_cli.samples.tiling import Labels, TiledPreprocess
 
 HERE = "."  # a folder that lies here, as its own card names it
 VLLM_TEMPLATE = "chat_template_vllm.jinja"
@@ -20,6 +21,15 @@ _LICENCES = {  # as the model cards of the hub repositories state them
     "Qwen/Qwen3-VL-8B-Instruct": "apache-2.0",
 }
 _EXAMPLE_SPEED_MPS = 10.0
+_DOES: Mapping[Labels, str] = {
+    "ego-motion": "It reads how its own car moves from the pictures of its cameras.",
+    "speed": "It reads how fast its own car moves from the pictures of its cameras.",
+    "waypoints": "From the pictures of its cameras it foretells the path of its own car for 6.4 s.",
+    "reasoning": (
+        "From the pictures of its cameras it says what the driver does next and why, and foretells the path of its own "
+        "car for 6.4 s."
+    ),
+}
 _LIBRARIES = {"adapter": "peft", "onnx": "onnx"}  # by form, as the hub spells them
 _LOAD = {
     "hf": """\
@@ -79,7 +89,7 @@ def about_vlm(preprocess: TiledPreprocess, model: str, form: str, source: str) -
     base, revision = ("", None) if families.is_local(model) else families.split_revision(model)
     answer = FORMATS[preprocess.labels]
     return About(
-        does="It reads how its own car moves from the pictures of its cameras.",
+        does=_DOES[preprocess.labels],
         base=base,
         base_told=_told(model, base, revision),
         licence=_LICENCES.get(base, ""),

@@ -7,7 +7,7 @@ from omni_cli.recipe import Metric
 from omni_cli.report import Console, counted
 from omni_cli.stages.evaluate.request import CAMERAS_SHUFFLED, MODEL, SWAPPED, TIME_SHUFFLED
 
-_HARDLY = 0.05  # worse is what the pictures of another drive cost a model that hardly looks
+_HARDLY = 0.05  # worse is what the pictures of somewhere else cost a model that hardly looks
 _SILENT = (
     "{}: no answer could be read, of {} in all; what follows is no score of it; train it longer, or look at what it "
     "says with: omni infer"
@@ -97,7 +97,7 @@ def verdicts(report: Mapping[str, Any], metric: Metric) -> list[str]:
         return []
     of = {line["name"]: line[metric.key] for line in report["conditions"]}
     model, reference = of[MODEL], of.get(report["reference"])
-    said = [] if model is None else _of_pictures(of, model, metric)
+    said = [] if model is None else _of_pictures(of, model, metric, _whose(report["recordings"]))
     if None not in (model, reference) and reference <= model:
         said.append(f"no better than {report['reference']}, which sees nothing: {model:.2f} and {reference:.2f}")
     if model is not None and report["conditions"][0][f"{metric.key}_interval"] is None:
@@ -109,7 +109,12 @@ def _how_few(recordings: int) -> str:
     return "this is 1" if recordings == 1 else f"of {recordings} one alone counts in it"
 
 
-def _of_pictures(of: Mapping[str, float | None], model: float, metric: Metric) -> list[str]:
+def _whose(recordings: int) -> str:
+    """Return whose pictures a model was shown in place of its own; see `conditions`."""
+    return "another stretch of the same drive" if recordings == 1 else "another drive"
+
+
+def _of_pictures(of: Mapping[str, float | None], model: float, metric: Metric, whose: str) -> list[str]:
     """Return whether pictures matter; of a model that hardly looks, their order need not be told as well."""
 
     def cost_little(name: str) -> bool:
@@ -117,7 +122,7 @@ def _of_pictures(of: Mapping[str, float | None], model: float, metric: Metric) -
         return error is not None and error <= model * (1 + _HARDLY)
 
     if cost_little(SWAPPED):
-        shown = f"{model:.2f} {metric.unit} with the right pictures, {of[SWAPPED]:.2f} with those of another drive"
+        shown = f"{model:.2f} {metric.unit} with the right pictures, {of[SWAPPED]:.2f} with those of {whose}"
         return [f"the answers hardly depend on the pictures: {metric.title} is {shown}"]
     return [
         f"{why}: {metric.title} is {model:.2f} {metric.unit}, and {of[name]:.2f} with {name}"
