@@ -3,6 +3,7 @@
 import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForImageTextToText
 
 from omni_cli.errors import DataError, OmniError, UsageError
@@ -116,6 +118,40 @@ def test_a_batched_tower_equals_the_librarys_with_its_gradients(family: str, gri
         assert torch.allclose(ours.grad, theirs.grad, atol=1e-4 * float(theirs.grad.abs().max()), rtol=0), name
 
 
+class Calls(TorchFunctionMode):
+    """Counts what torch is asked for, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("grids", "lengths"), [([(2, 4, 8), (2, 4, 8)], 1), ([(1, 6, 10), (4, 4, 8), (2, 10, 4)], 3)])
+def test_a_tower_attends_once_a_layer_and_length_and_convolves_nothing(family: str, grids, lengths: int) -> None:
+    """pain 5, 6: where the library attends once for each window of each picture, and embeds patches by a convolution.
+
+    Of each case the attention windows, and the pictures, have as many different lengths.
+    """
+    vlm = recipe(family)
+    model = vlm.build(vlm.preprocess()).model
+    called = []
+    for tower in (model.model.visual, librarys_own(model).model.visual):
+        pixels = torch.randn(sum(t * h * w for t, h, w in grids), tower.patch_embed.proj.weight[0].numel())
+        with Calls() as calls:
+            tower(pixels, grid_thw=torch.tensor(grids))
+        convolved = [name for name in calls.counts if "conv" in name]
+        called.append((calls.counts["scaled_dot_product_attention"], convolved))
+    (ours, theirs), layers = called, model.model.visual.config.depth
+    assert ours == (lengths * layers, [])
+    assert theirs[0] > 2 * ours[0]
+    assert theirs[1] == ["conv3d"]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_the_librarys_own_forward(family: str) -> None:
     """The library computes features and positions itself; a short wide video has the same positions in both."""
@@ -179,7 +215,7 @@ def test_an_adapter_starts_as_its_base_and_sits_on_the_language_model_alone(fami
 def test_trainable_count_of_a_published_model() -> None:
     """Qwen2.5-VL-7B with r=16 on q,k,v,o: 16 x 28 x (2 (3584 + 3584) + 2 (3584 + 512))."""
     vlm = Vlm(model="Qwen/Qwen2.5-VL-7B-Instruct", tune={"rank": 16, "alpha": 32})
-    total, trainable, weight_bytes, _ = vlm.size(vlm.preprocess())
+    total, trainable, weight_bytes, *_ = vlm.size(vlm.preprocess())
     assert trainable == 16 * 28 * (2 * (3584 + 3584) + 2 * (3584 + 512)) == 10_092_544
     assert total == 8_292_166_656
     assert weight_bytes == 2 * total
@@ -361,9 +397,9 @@ def test_a_base_that_is_none_says_what_it_is(tmp_path) -> None:
 def test_four_bits_are_counted_for_what_is_quantised_alone() -> None:
     """Qwen3-VL-8B: 36 layers of 7 matrices in NF4; embeddings, head and tower in 16 bits."""
     plain = Vlm(model="Qwen/Qwen3-VL-8B-Instruct")
-    total, _, sixteen, _ = plain.size(plain.preprocess())
+    total, _, sixteen, *_ = plain.size(plain.preprocess())
     quantised = 36 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 12288)
-    _, _, four, _ = plain.model_copy(update={"quantization": "nf4"}).size(plain.preprocess())
+    _, _, four, *_ = plain.model_copy(update={"quantization": "nf4"}).size(plain.preprocess())
     assert sixteen == 2 * total
     assert four == pytest.approx(2 * (total - quantised) + 0.5159 * quantised, rel=1e-4)
 

@@ -222,7 +222,7 @@ def test_the_size_that_a_dry_run_states_is_that_of_the_model(made):
     for recipe in (made.recipe, made.adapting):
         preprocess = recipe.preprocess()
         built = recipe.build(preprocess)
-        total, trainable, weight_bytes, _ = recipe.size(preprocess)
+        total, trainable, weight_bytes, *_ = recipe.size(preprocess)
         extra = trainable_count(built.model) if recipe is made.adapting else 0
         assert (total + extra, trainable) == (weight_count(built.model), trainable_count(built.model))
         assert weight_bytes == 4 * total

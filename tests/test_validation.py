@@ -1,5 +1,6 @@
 """The loss on held-out windows: what it is, that measuring it changes nothing, and which weights it chooses."""
 
+import gc
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ from omni_cli.samples.dataset import WindowDataset
 from omni_cli.samples.shards import frames_path, open_shards
 from omni_cli.stages import checkpoints, runs
 from omni_cli.stages.etl import EtlRequest, ensure_sidecar, etl
+from omni_cli.stages.evaluate import Asker
 from omni_cli.stages.train import TrainRequest, callbacks, train
 from omni_cli.stages.train.fit import make_trainer
 from omni_cli.stages.train.validation import Validation, spread
@@ -290,6 +292,51 @@ def test_it_leaves_every_module_in_its_mode(shards, tmp_path):
     modes = [module.training for module in built.model.modules()]
     assert Validation(recipe, held_out, {}, QUIET).measure(trainer) > 0
     assert [module.training for module in built.model.modules()] == modes
+
+
+@pytest.fixture
+def frozen():
+    """What there is before is out of the collector's sight: to look at it again and again takes minutes."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def logits_alive(built) -> int:
+    """How many tensors there are of as many columns as the vocabulary, whoever holds them."""
+    gc.collect()
+    vocabulary = built.model.get_output_embeddings().weight.shape[0]
+    tensors = [one for one in gc.get_objects() if type(one) is torch.Tensor]
+    return sum(one.dim() >= 2 and one.shape[-1] == vocabulary for one in tensors)
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_of_a_batch_no_logit_is_kept(shards, tmp_path, monkeypatch, frozen, asks):
+    """Pain 19. What measures, and what asks for answers, takes the next batch when the logits of the last are gone."""
+    recipe, opened = restless(batch_size=1), open_shards(shards)
+    key = ensure_sidecar(opened, recipe, QUIET)
+    dataset, held_out = (WindowDataset(opened, split, key) for split in ("train", "val"))
+    built = recipe.build(dataset.preprocess)
+    between, within, pictures = [], [], WindowDataset.pictures
+
+    def read(self, index):
+        between.append(logits_alive(built))
+        return pictures(self, index)
+
+    def see(module, inputs, output):
+        if len(within) < len(between):  # once a batch: an answer has a hundred tokens
+            within.append(logits_alive(built))
+
+    monkeypatch.setattr(WindowDataset, "pictures", read)
+    built.model.get_output_embeddings().register_forward_hook(see)
+    if asks:
+        Asker(recipe, built, held_out, QUIET, 1).ask("model", held_out.pictures)
+    else:
+        Validation(recipe, held_out, {}, QUIET).measure(make_trainer(tmp_path, recipe, built, dataset, 1))
+    assert between == [0] * len(held_out)
+    assert len(between) > 2
+    assert min(within) > 0  # they are seen where there are some
 
 
 @pytest.mark.fault("F2")
