@@ -1,37 +1,44 @@
 """What a merge may cost in nats, what wrong ones cost, and that those are refused."""
 
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from scipy.stats import entropy
+from typer.testing import CliRunner
 
+from omni_cli.commands import app
 from omni_cli.errors import OmniError
 from omni_cli.files import receipt_path, write_json
+from omni_cli.models import tiny
 from omni_cli.models.shard_merge import ShardMerge
 from omni_cli.recipes.vlm import Vlm
 from omni_cli.report import Console
+from omni_cli.stages import memory, models, parity, runs
 from omni_cli.stages import merge as merge_stage
-from omni_cli.stages import models, parity, runs
 from omni_cli.stages.merge import MergeRequest, merge
 from tests.support.pipeline import QUIET, tiny_recipe
 
 FAMILIES, MODES, PRECISIONS = ("qwen2_5_vl", "qwen3_vl"), ("lora", "dora"), ("float32", "bfloat16")
 
 
-def learned(folder: Path, recipe: Vlm) -> runs.Run:
+def learned(folder: Path, recipe: Vlm, rate: float = 0.05) -> runs.Run:
     """A run whose adapter moves its base as two steps of training at a high rate do (0.03 to 0.1 nats)."""
     built, final = recipe.build(recipe.preprocess()), folder / runs.FINAL
     torch.manual_seed(1)
     for name, weight in built.model.named_parameters():
         if "lora_B" in name:
-            weight.data += 0.05 * torch.randn_like(weight)
+            weight.data += rate * torch.randn_like(weight)
         elif "magnitude" in name:
-            weight.data *= 1 + 0.05 * torch.randn_like(weight)
+            weight.data *= 1 + rate * torch.randn_like(weight)
     recipe.save(built, final)
     runs.seal_folder(final)
     write_json(folder / runs.LEARNED, runs.Learned(recordings=("r",), windows=1, medians={}).model_dump(mode="json"))
@@ -105,12 +112,12 @@ def test_wrong_merges_cost_far_more_nats_than_rounding_and_than_is_allowed(famil
     run, preprocess = learned(tmp_path / "run", recipe), recipe.preprocess()
     (tmp_path / "work").mkdir()
     planned = recipe.merge_files(preprocess, run.final, tmp_path / "work")
-    expected = parity.expect(recipe, run, QUIET)
+    expected = parity.expect(recipe, run, planned.types, QUIET)
     for how in (None, *WRONG, "one layer left out"):
         folder = tmp_path / str(how)
         folder.mkdir()
         (spoiled(planned, how) if how else planned).write(folder, lambda count: None)
-        found, _ = parity.compare(recipe, folder, expected, preprocess, rounded=torch.bfloat16)
+        found, _ = parity.compare(recipe, folder, expected, preprocess)
         if how is None:
             assert found.kl.mean < found.kl.mean_allowed / 10
             parity.check_parity(found)
@@ -118,6 +125,13 @@ def test_wrong_merges_cost_far_more_nats_than_rounding_and_than_is_allowed(famil
             assert found.kl.mean > 1.5 * found.kl.mean_allowed, how
             with pytest.raises(OmniError, match=r"nats a token from the adapted one's .* nothing is published"):
                 parity.check_divergence(found.kl)
+
+
+class WithoutALayer(Vlm):
+    """A recipe that forgets a layer."""
+
+    def merge_files(self, preprocess, adapter, work):
+        return spoiled(super().merge_files(preprocess, adapter, work), "one layer left out")
 
 
 class Wrong(Vlm):
@@ -153,16 +167,65 @@ def test_divergences_are_what_scipy_computes():
     [
         (torch.bfloat16, 0.1, 2e-3),  # a fiftieth of what was learned
         (torch.bfloat16, 9.0, 5e-3),  # and no more, however much that was
-        (torch.bfloat16, 1e-4, 2e-4),  # nor less than rounding may cost
+        (torch.bfloat16, 1e-4, 2e-4),  # nor less than noise may cost
         (torch.float16, 1.0, 1e-4),
         (torch.float32, 1.0, 1e-6),
     ],
 )
 def test_what_is_allowed_follows_what_was_learned_between_two_limits(dtype, adapter, allowed):
     logits = [torch.zeros(2, 3)]
-    expected = parity.Expected([{}], logits, adapter_moves=1.0, adapter_kl=adapter, dtype=dtype, windows=0)
-    found = parity._divergence(expected, logits, dtype)
+    found = parity._divergence(an_expected(logits, logits, adapter_kl=adapter, dtype=dtype), logits)
     assert (found.mean_allowed, found.largest_allowed, found.tokens) == (allowed, 50 * allowed, 2)
+    assert (found.rounding, found.apart_allowed, found.unrounded_allowed <= 1e-6) == (0.0, 1e-7, True)
+
+
+def an_expected(logits, rounded, **changes) -> parity.Expected:
+    given = {"adapter_moves": 1.0, "adapter_kl": 0.1, "unrounded_kl": 0.0, "dtype": torch.bfloat16, "windows": 0}
+    return parity.Expected(rows=[{}], logits=logits, rounded=rounded, **{"is_exact": True, **given, **changes})
+
+
+@pytest.mark.parametrize(("is_exact", "share"), [(True, 0.02), (False, 4)])
+def test_three_times_what_rounding_in_memory_costs_is_always_allowed_and_to_be_that_merge_a_fiftieth(is_exact, share):
+    """Files of several types are not rounded alike in memory: what is allowed of them is wider."""
+    logits, rounded = [torch.zeros(2, 3)], [torch.tensor([[0.3, 0.0, 0.0], [0.0, 0.0, 0.3]])]
+    found = parity._divergence(an_expected(logits, rounded, is_exact=is_exact), rounded)
+    assert (found.rounding > 5e-3, found.mean, found.apart) == (True, found.rounding, 0.0)
+    assert found.mean_allowed == 3 * found.rounding
+    assert found.apart_allowed == pytest.approx(share * found.rounding)
+    parity.check_divergence(found)
+    with pytest.raises(
+        OmniError, match=r"^the merged files are 1\.0e\+00 nats a token from the adapter merged in memory"
+    ):
+        parity.check_divergence(replace(found, apart=1.0))
+    with pytest.raises(
+        OmniError, match=r"^merged in memory, in float32, the adapter is 2\.0e-02 nats a token from the"
+    ):
+        parity.check_divergence(replace(found, unrounded=0.02))
+
+
+def test_a_right_merge_that_rounding_costs_dearly_is_published_and_one_without_a_layer_is_not(tmp_path, monkeypatch):
+    """Eight layers whose signals grow: rounding costs more nats than a fiftieth of what was learned."""
+    monkeypatch.setattr(tiny, "_LAYERS", 8)
+    monkeypatch.setattr(tiny, "_INITIAL_STD", 2 * tiny._INITIAL_STD)
+    recipe = a_recipe("qwen2_5_vl", "lora", "bfloat16")
+    run = learned(tmp_path / "run", recipe, rate=0.007)
+    found = merge(recipe, run, MergeRequest(), QUIET)["parity"]
+    assert found["kl_mean"] > max(2e-4, 0.02 * found["kl_adapter"])
+    assert found["kl_mean"] == pytest.approx(found["kl_rounding"], rel=1e-3)
+    assert found["kl_mean_allowed"] == 3 * found["kl_rounding"]
+    shutil.rmtree(run.folder / "merged")
+    with pytest.raises(OmniError, match=r"^the merged files are .* nothing is published"):
+        merge(WithoutALayer(**dict(recipe)), run, MergeRequest(), QUIET)
+    assert not (run.folder / "merged").exists()
+
+
+def test_files_that_are_finer_than_the_recipe_loads_are_compared_as_they_are(tmp_path):
+    """A base in float32 that learns in bfloat16: rounding both models as they are read is no part of the merge."""
+    base, whole = tmp_path / "base", a_recipe("qwen3_vl", "full")
+    whole.save(whole.build(whole.preprocess()), base)
+    recipe = a_recipe("qwen3_vl", "lora", "bfloat16", model=str(base))
+    found = merge(recipe, learned(tmp_path / "run", recipe), MergeRequest(), QUIET)["parity"]
+    assert (found["kl_mean"] < 1e-10, found["kl_mean_allowed"]) == (True, 1e-6)
 
 
 def test_where_the_windows_of_the_run_are_gone_it_is_said_that_noise_alone_was_compared(tmp_path, capsys):
@@ -182,6 +245,39 @@ def test_a_disk_without_room_is_told_before_anything_is_merged(tmp_path, monkeyp
     with pytest.raises(OmniError, match=r"a merged model needs about [\d.]+ GiB, [\d.]+ GiB are free; .* with --out$"):
         merge(recipe, run, MergeRequest(), QUIET)
     assert not (run.folder / "merged").exists()
+
+
+def test_a_machine_with_less_memory_than_the_comparison_takes_is_warned_of_before_it_starts(
+    tmp_path, monkeypatch, capsys
+):
+    recipe = a_recipe("qwen2_5_vl", "lora", "bfloat16")
+    run = learned(tmp_path / "run", recipe)
+    monkeypatch.setattr(memory, "machine_bytes", lambda: 1 << 20)
+    merge(recipe, run, MergeRequest(), Console())
+    told = next(line for line in capsys.readouterr().err.splitlines() if "at its peak" in line)
+    assert "comparing the merged model with the adapted one, of 0.00 GiB of weights, takes about 0.01 GiB" in told
+    assert "this machine has 0.00 GiB" in told
+
+
+def test_the_memory_of_a_comparison_is_once_the_files_and_one_model_in_float32(monkeypatch):
+    planned = SimpleNamespace(total_bytes=1000, types=frozenset({torch.bfloat16}))
+    monkeypatch.setattr(models, "best_device", lambda: "cpu")
+    assert parity.peak_bytes(planned) == pytest.approx(3400)
+    monkeypatch.setattr(models, "best_device", lambda: "cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10_000, 10_000))
+    assert parity.peak_bytes(planned) == 1000  # it is moved to the GPU as it is mapped
+    help_text = " ".join(CliRunner().invoke(app, ["merge", "--help"]).output.replace("│", " ").split())
+    assert "about 3.4 times the bytes of a 16-bit base's files in memory" in help_text
+
+
+@pytest.mark.marathon
+@pytest.mark.parametrize("mode", MODES)
+def test_a_merge_takes_no_more_memory_than_is_foretold(mode, tmp_path):
+    """Nor far less: about 3.1 times the files, of which one is the files as they are mapped."""
+    command = [sys.executable, "-m", "tests.support.merge_memory", str(tmp_path), mode]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    grown, foretold = map(int, done.stdout.split()[-2:])
+    assert 0.8 * foretold < grown <= foretold
 
 
 def test_what_learned_over_4_bits_is_merged_into_the_base_that_they_were_made_from(tmp_path, capsys):

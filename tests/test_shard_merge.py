@@ -32,9 +32,9 @@ KINDS = {
 def a_base(family: str, folder: Path, dtype: str = "float32", **saving) -> Path:
     """A tiny base in a folder, in the files that the library writes."""
     recipe = tiny_recipe(family, cameras="1-cam", precision=dtype)
-    built = recipe.build(recipe.preprocess())
-    built.model.save_pretrained(folder, **saving)
-    built.tokenizer.save_pretrained(folder)
+    preprocess = recipe.preprocess()
+    recipe.load_base(preprocess).save_pretrained(folder, **saving)
+    recipe.tokenizer(preprocess).save_pretrained(folder)
     return folder
 
 

@@ -146,6 +146,17 @@ def model_names(model: PreTrainedModel, stored: Sequence[str]) -> dict[str, str 
     return result
 
 
+def merged_weights(adapted: nn.Module) -> list[nn.Parameter]:
+    """Return the weights of an adapted model that PEFT's merge changes, or puts in the place of the base's."""
+    weights: list[nn.Parameter] = []
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer):
+            weights.append(module.get_base_layer().weight)
+        elif isinstance(module, ModulesToSaveWrapper):
+            weights += module.modules_to_save["default"].parameters()
+    return weights
+
+
 def _check_place(base: Path, name: str, places: Sequence[Stored], shape: tuple[int, ...]) -> None:
     if len(places) != 1:
         raise DataError(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 
@@ -40,7 +40,11 @@ class FileMerge(Protocol):
 class MergeableByFile(Mergeable, Protocol):
     """A recipe whose outputs are logits (tokens, ..., vocabulary), and whose base's own files are merged into."""
 
+    precision: str  # that it loads weights in
     quantization: str  # of the base while the adapter learns; `none` where it is as its files have it
+
+    def model_copy(self, *, update: Mapping[str, Any]) -> Self:
+        """Return the recipe with other values of some fields."""
 
     def merge_files(self, preprocess: Preprocess, adapter: Path, work: Path) -> FileMerge:
         """Return the merge of an adapter into its base's files, found to fit.

@@ -1,7 +1,9 @@
 """`omni merge`: an adapter folded into its base, published once its outputs are proven to be the same.
 
 A model of logits is merged in its base's files, one tensor at a time, whatever its own run kept the base in: 16 bits or
-4. Others are merged whole, in memory. Killed, a merge is begun anew; nothing of it is ever taken for a model.
+4. It is the proof that takes memory: the adapted model, and then the merged one, each in float32, on a GPU that has the
+room or else in 3.4 times the bytes of a base in 16 bits. Others are merged whole, in memory. Killed, a merge is begun
+anew; nothing of it is ever taken for a model.
 """
 
 import importlib.util
@@ -12,7 +14,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from omni_cli import files
@@ -23,6 +24,7 @@ from omni_cli.report import Console, Step
 from omni_cli.stages import models, parity, runs
 from omni_cli.stages.cards import README, Published, card_text, put_card
 from omni_cli.stages.disk import check_room
+from omni_cli.stages.memory import GIB, warn_of_more
 
 MERGED = "merged"
 _FORMAT = 2  # of a merged folder; 1, of omni 0.5, was not compared in nats and has no licence in its omni.json
@@ -69,13 +71,15 @@ def _merge_files(folder: Path, recipe: MergeableByFile, run: runs.Run, console: 
     """Write the merged model into a folder that nobody sees yet, and compare it: one model in memory at a time."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
         planned = recipe.merge_files(run.manifest.preprocess, run.final, Path(work))
+        what = f"comparing the merged model with the adapted one, of {planned.total_bytes / GIB:.2f} GiB of weights,"
+        warn_of_more(parity.peak_bytes(planned), what, console)
         check_room(folder, planned.total_bytes + _BESIDE_BYTES, what="a merged model needs", option="--out")
-        console.say("probing the adapted model")
-        expected = parity.expect(recipe, run, console)
         digests = _write(folder, planned, console)
+    console.say("probing the adapted model")
+    compared = parity.as_compared(recipe, planned.types)
+    expected = parity.expect(compared, run, planned.types, console)
     console.say("probing the merged model")
-    preprocess, rounded = run.manifest.preprocess, max(planned.types, key=lambda dtype: torch.finfo(dtype).eps)
-    found, logits = parity.compare(recipe, folder, expected, preprocess, rounded=rounded)
+    found, logits = parity.compare(compared, folder, expected, run.manifest.preprocess)
     found = replace(found, changed_weights=planned.count_changed(folder, digests))
     parity.check_parity(found)
     models.write_model_card(folder, recipe, run, found.facts())

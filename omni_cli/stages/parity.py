@@ -1,6 +1,5 @@
 """Is a merged model still the adapted one? What both say to the same windows, and when that is refused."""
 
-import gc
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,29 +12,39 @@ from torch import Tensor, nn
 
 from omni_cli.errors import OmniError
 from omni_cli.models.losses import IGNORED
+from omni_cli.models.qwen_vl import DTYPES
+from omni_cli.models.shard_merge import merged_weights
 from omni_cli.recipe import BuiltModel, Mergeable, Row
-from omni_cli.recipe.by_file import MergeableByFile
+from omni_cli.recipe.by_file import FileMerge, MergeableByFile
 from omni_cli.report import Console, counted
 from omni_cli.samples.dataset import WindowDataset
 from omni_cli.samples.preprocess import Preprocess
 from omni_cli.stages import models, runs
 from omni_cli.stages.etl.sidecar import ensure_sidecar
 from omni_cli.stages.fitting import own_shards
+from omni_cli.stages.resident import give_back
 
 # Largest difference of an output, as a share of the largest, and the share of positions whose first choice stays:
 # merging rounds every weight to the model's type once, and near ties may then fall the other way.
 TOLERANCE = {torch.float32: (1e-4, 1.0), torch.float16: (1e-2, 0.9), torch.bfloat16: (5e-2, 0.9)}
-# Mean KL of the merged from the adapted model in nats a token, both in float32 arithmetic: (noise, most). What the one
-# rounding of right merges costs was measured on random models, adapters that move them by 0.001 to 1 nat: in bfloat16
-# 1e-5 with 2 layers, 2e-4 with 28, and 2e-3 with 28 whose logits are spread as a trained model's; in float16 1/64 of
-# that, since an error of the weights enters squared. In float32 it is the arithmetic's noise alone.
+# Mean KL of the merged from the adapted model in nats a token, both in float32 arithmetic: (noise, most). In float32 it
+# is the arithmetic's noise alone.
 KL_LIMITS = {torch.float32: (1e-7, 1e-6), torch.float16: (3e-6, 1e-4), torch.bfloat16: (2e-4, 5e-3)}
 # ... and between those no more than this share of how far the adapter moves its base. Right merges: 0.002 to 0.01; half
 # the scale: 0.2, DoRA without its magnitudes: 0.2, one layer of two left out: 0.03 to 0.15 (measured, as above).
 KL_SHARE = 0.02
+# What the one rounding of a right merge costs depends on the model: in bfloat16 1e-5 with 2 layers, 2e-3 with 28 whose
+# logits are spread as a trained model's (measured; in float16 1/64 of it, since an error of the weights enters
+# squared). So it is measured, on the same rows: the adapter is merged in memory too, in float32, and those weights are
+# rounded once. Unrounded, that is the adapted model but for the arithmetic's noise. Rounded, the files are held to it:
+# they may be `KL_SHARE` of its cost away, and may always cost this many times what it costs, in nats, in the largest
+# difference and in choices. Of files that hold more than one type, in memory all is rounded to the coarsest.
+ROUNDINGS = 3
+_KL_APART = {True: KL_SHARE, False: 4.0}  # of that cost, from memory to files, by whether the two are rounded alike
 KL_WORST = 50  # times the mean that one token may differ by; 11 was measured
 REAL_WINDOWS = 4
 _ROOM = 1.3  # times its float32 weights that a model needs on a GPU
+_ROOM_IN_MEMORY = 1.2  # ... and in memory, beside the files that they are read from (1.05 to 1.17 measured)
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,11 @@ class Divergence:
     largest: float  # of one token
     mean_allowed: float
     largest_allowed: float
+    unrounded: float  # of the adapter merged in memory, in float32
+    unrounded_allowed: float
+    rounding: float  # ... once those weights are rounded
+    apart: float  # KL(that || merged model)
+    apart_allowed: float
     tokens: int
     windows: int  # of the run's shards; the rest is seeded noise
 
@@ -77,17 +91,23 @@ class Expected:
     Attributes:
         rows: noise first, then windows of the shards.
         logits: of the adapted model.
+        rounded: of the same, its adapter merged in memory and rounded to `dtype`.
         adapter_moves: largest difference of a logit to the base.
         adapter_kl: mean KL of the base.
-        dtype: that the recipe keeps weights in.
+        unrounded_kl: mean KL of the adapter merged in memory, before it is rounded.
+        dtype: the coarsest of the merged weights in the base's files.
+        is_exact: whether they have no other, so that memory and files are rounded alike.
         windows: how many of the rows are real.
     """
 
     rows: Sequence[Row]
     logits: Sequence[Tensor]
+    rounded: Sequence[Tensor]
     adapter_moves: float
     adapter_kl: float
+    unrounded_kl: float
     dtype: torch.dtype
+    is_exact: bool
     windows: int
 
 
@@ -98,23 +118,69 @@ def probe(recipe: Mergeable, built: BuiltModel, preprocess: Preprocess) -> Tenso
     return recipe.outputs(built.model.eval(), recipe.collate(rows, preprocess), preprocess).float()
 
 
-def expect(recipe: MergeableByFile, run: runs.Run, console: Console) -> Expected:
-    """Load the adapter over its unquantised base, and return what that says; the model is gone afterwards."""
+def peak_bytes(planned: FileMerge) -> float:
+    """Return the memory that the comparison takes at its peak: one model at a time, in float32 where no GPU has room.
+
+    Of a base in 16 bits that is 3.4 times its files: once are the files themselves, as they are mapped.
+    """
+    weights = planned.total_bytes // min(dtype.itemsize for dtype in planned.types)
+    return planned.total_bytes + (0 if _fits_gpu(weights) else 4 * _ROOM_IN_MEMORY * weights)
+
+
+def as_compared(recipe: MergeableByFile, types: frozenset[torch.dtype]) -> MergeableByFile:
+    """Return the recipe, in float32 where it would round weights that its base's files hold in a finer type.
+
+    Else the base and the merged weights would each be rounded as they are read, which is no part of the merge.
+    """
+    is_rounding = min(torch.finfo(dtype).eps for dtype in types) < torch.finfo(DTYPES[recipe.precision]).eps
+    return recipe.model_copy(update={"precision": "float32"}) if is_rounding else recipe
+
+
+def expect(recipe: MergeableByFile, run: runs.Run, types: frozenset[torch.dtype], console: Console) -> Expected:
+    """Load the adapter over its unquantised base, and return what that says; the model is gone afterwards.
+
+    Args:
+        recipe: of the run.
+        run: whose adapter is merged.
+        types: of the weights in the base's files that the adapter changes.
+        console: told where there are no windows to compare on.
+    """
+    expected = _expected(recipe, run, types, console)
+    give_back()
+    return expected
+
+
+def _expected(recipe: MergeableByFile, run: runs.Run, types: frozenset[torch.dtype], console: Console) -> Expected:
     preprocess = run.manifest.preprocess
     loaded = recipe.load_to_merge(preprocess, run.final)
-    dtype = next(loaded.model.parameters()).dtype
+    dtype = max(types, key=lambda each: torch.finfo(each).eps)
     real = _real_rows(recipe, run, console)
     rows = [*recipe.probe_rows(loaded, preprocess), *real]
     built = _to_compare(recipe, loaded)
     logits = _logits(recipe, built, rows, preprocess)
     with recipe.adapter_disabled(built):
         without = _logits(recipe, built, rows, preprocess)
-    moves = max(difference(one, other) for one, other in zip(logits, without, strict=True))
-    return Expected(rows, logits, moves, fmean(divergences(logits, without)), dtype, len(real))
+    moves, _ = _apart(recipe, logits, without)
+    changed = merged_weights(built.model)
+    merged = recipe.merge(built)
+    unrounded = _logits(recipe, merged, rows, preprocess)
+    for weight in changed:
+        weight.data.copy_(weight.data.to(dtype))
+    return Expected(
+        rows=rows,
+        logits=logits,
+        rounded=unrounded if dtype == torch.float32 else _logits(recipe, merged, rows, preprocess),
+        adapter_moves=moves,
+        adapter_kl=fmean(divergences(logits, without)),
+        unrounded_kl=fmean(divergences(logits, unrounded)),
+        dtype=dtype,
+        is_exact=types == {dtype},
+        windows=len(real),
+    )
 
 
 def compare(
-    recipe: MergeableByFile, folder: Path, expected: Expected, preprocess: Preprocess, *, rounded: torch.dtype
+    recipe: MergeableByFile, folder: Path, expected: Expected, preprocess: Preprocess
 ) -> tuple[Parity, list[Tensor]]:
     """Load a merged model from its folder and compare it; return its logits too.
 
@@ -123,44 +189,56 @@ def compare(
         folder: of the merged model.
         expected: of the adapted one.
         preprocess: of the run.
-        rounded: the coarsest type of the weights that were merged.
     """
-    gc.collect()  # PEFT's layers hold each other: the adapted model goes before this one comes
     built = _to_compare(recipe, recipe.of_whole_model(str(folder)).load(preprocess, folder))
     found = _logits(recipe, built, expected.rows, preprocess)
-    coarsest = max(rounded, expected.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-    tolerance, choices_needed = TOLERANCE[coarsest]
-    pairs = list(zip(expected.logits, found, strict=True))
+    tolerance, choices_needed = TOLERANCE[expected.dtype]
     largest = max(float(one.abs().max()) for one in expected.logits)
-    agree = [recipe.choices(one) == recipe.choices(other) for one, other in pairs]
+    rounding, changed_by_rounding = _apart(recipe, expected.logits, expected.rounded)
+    merged, changed = _apart(recipe, expected.logits, found)
     parity = Parity(
         adapter_moves=expected.adapter_moves,
-        merged=max(difference(one, other) for one, other in pairs),
-        allowed=tolerance * max(1.0, largest),
-        choices_agree=float(torch.cat(agree).double().mean()),
-        choices_needed=choices_needed,
+        merged=merged,
+        allowed=max(tolerance * max(1.0, largest), ROUNDINGS * rounding),
+        choices_agree=1 - changed,
+        choices_needed=min(choices_needed, 1 - ROUNDINGS * changed_by_rounding),
         changed_weights=0,
-        kl=_divergence(expected, found, coarsest),
+        kl=_divergence(expected, found),
     )
     return parity, found
 
 
 def learned_logits(recipe: MergeableByFile, run: runs.Run, rows: Sequence[Row]) -> list[Tensor]:
     """Return what the model says that really learned: the adapter over a base that is quantised, in its own types."""
-    gc.collect()
+    give_back()
     return _logits(recipe, recipe.load(run.manifest.preprocess, run.final), rows, run.manifest.preprocess)
 
 
-def _divergence(expected: Expected, found: Sequence[Tensor], dtype: torch.dtype) -> Divergence:
-    each = divergences(expected.logits, found)
-    noise, most = KL_LIMITS[dtype]
-    allowed = min(most, max(noise, KL_SHARE * expected.adapter_kl))
+def _apart(recipe: MergeableByFile, ones: Sequence[Tensor], others: Sequence[Tensor]) -> tuple[float, float]:
+    """Return the largest difference of a logit, and the share of positions whose first choice is another."""
+    pairs = list(zip(ones, others, strict=True))
+    differ = torch.cat([recipe.choices(one) != recipe.choices(other) for one, other in pairs])
+    return max(difference(one, other) for one, other in pairs), float(differ.double().mean())
+
+
+def _divergence(expected: Expected, found: Sequence[Tensor]) -> Divergence:
+    each, rounding = divergences(expected.logits, found), fmean(divergences(expected.logits, expected.rounded))
+    by_share, unrounded_allowed = (
+        min(most, max(noise, KL_SHARE * expected.adapter_kl))
+        for noise, most in (KL_LIMITS[expected.dtype], KL_LIMITS[torch.float32])
+    )
+    allowed = max(by_share, ROUNDINGS * rounding)
     return Divergence(
         adapter=expected.adapter_kl,
         mean=fmean(each),
         largest=max(each),
         mean_allowed=allowed,
         largest_allowed=KL_WORST * allowed,
+        unrounded=expected.unrounded_kl,
+        unrounded_allowed=unrounded_allowed,
+        rounding=rounding,
+        apart=fmean(divergences(expected.rounded, found)),
+        apart_allowed=max(KL_LIMITS[torch.float32][0], _KL_APART[expected.is_exact] * rounding),
         tokens=len(each),
         windows=expected.windows,
     )
@@ -229,11 +307,22 @@ def check_divergence(kl: Divergence) -> None:
     Raises:
         OmniError: they are not.
     """
+    if not kl.unrounded <= kl.unrounded_allowed:
+        raise OmniError(
+            f"merged in memory, in float32, the adapter is {kl.unrounded:.1e} nats a token from the adapted model, "
+            f"{kl.unrounded_allowed:.1e} are allowed: PEFT merges another function than it trained; nothing is "
+            "published"
+        )
     if not kl.mean <= kl.mean_allowed or not kl.largest <= kl.largest_allowed:
         raise OmniError(
             f"the merged model's probabilities are {kl.mean:.1e} nats a token from the adapted one's ({kl.largest:.1e} "
             f"at worst), {kl.mean_allowed:.1e} ({kl.largest_allowed:.1e}) are allowed where the adapter moves them by "
-            f"{kl.adapter:.1e}; nothing is published"
+            f"{kl.adapter:.1e} and rounding alone by {kl.rounding:.1e}; nothing is published"
+        )
+    if not kl.apart <= kl.apart_allowed:
+        raise OmniError(
+            f"the merged files are {kl.apart:.1e} nats a token from the adapter merged in memory and rounded alike, "
+            f"{kl.apart_allowed:.1e} are allowed: they are not that merge; nothing is published"
         )
 
 
@@ -244,8 +333,9 @@ def said(parity: Parity) -> str:
         return line
     where = f"{counted(kl.windows, 'window')} and noise" if kl.windows else "noise alone"
     return (
-        f"{line}; KL {kl.mean:.1e} nats a token, {kl.mean_allowed:.1e} allowed (worst {kl.largest:.1e}; the adapter "
-        f"moves its base by {kl.adapter:.1e}), over {counted(kl.tokens, 'token')} of {where}"
+        f"{line}; KL {kl.mean:.1e} nats a token, {kl.mean_allowed:.1e} allowed (worst {kl.largest:.1e}; rounding alone "
+        f"costs {kl.rounding:.1e}, the adapter moves its base by {kl.adapter:.1e}), {kl.apart:.1e} from the merge in "
+        f"memory, {kl.apart_allowed:.1e} allowed, over {counted(kl.tokens, 'token')} of {where}"
     )
 
 
@@ -268,9 +358,12 @@ def _to_compare(recipe: MergeableByFile, built: BuiltModel) -> BuiltModel:
 
     In 16 bits the arithmetic differs more between two right models than the weights do: ten times in nats (measured).
     """
-    needed = 4 * _ROOM * sum(weight.numel() for weight in built.model.parameters())
-    fits = models.best_device() == "cuda" and torch.cuda.mem_get_info()[0] > needed
+    fits = _fits_gpu(sum(weight.numel() for weight in built.model.parameters()))
     return recipe.place(built, models.ready_device(None if fits else "cpu"), "float32")
+
+
+def _fits_gpu(weights: int) -> bool:
+    return models.best_device() == "cuda" and torch.cuda.mem_get_info()[0] > 4 * _ROOM * weights
 
 
 @torch.no_grad()
