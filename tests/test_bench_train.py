@@ -1,5 +1,6 @@
 """`omni bench train`: our steps beside stock TRL's on the same rows, and how many operations a step needs."""
 
+import re
 import threading
 from itertools import product
 
@@ -11,7 +12,9 @@ from transformers import set_seed
 
 from omni_cli.models import flops
 from omni_cli.models.qwen_vl import base_of, tower_is_frozen
+from omni_cli.recipes.vlm import Vlm
 from omni_cli.report import Console
+from omni_cli.stages import resident
 from omni_cli.stages.bench import BenchRequest, bench
 from omni_cli.stages.bench.peak import _of_sheet, peak_of
 from omni_cli.stages.bench.turns import Turns
@@ -41,7 +44,10 @@ def test_stock_trl_learns_the_same_from_the_same_rows(data, tmp_path, family, mo
     request = BenchRequest("train", data / family, tmp_path, "test", repeats=4)
     part = bench(recipe, request, Console())["parts"]["train"]
     assert part["largest_relative_loss_difference"] < 2e-5
-    assert "the losses of our steps and stock TRL's part by " in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "the losses of our steps and stock TRL's part by " in said
+    if not torch.cuda.is_available():
+        assert len(re.findall(r"peak memory beside the weights\W+\d\.\d{3} GiB", said)) == 2
     lines, ratios = part["lines"], part["ratios"]
     assert [line["repeats"] for line in lines.values()] == [4] * 10
     assert ratios["stock TRL: step / step"] == pytest.approx(
@@ -58,6 +64,39 @@ def test_ours_is_measured_alone_where_memory_has_no_room_for_both(data, tmp_path
     part = bench(recipe, request, QUIET)["parts"]["train"]
     assert not [name for name in (*part["lines"], *part["ratios"]) if "stock" in name]
     assert part["ratios"]["MFU"] > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's memory is measured instead")
+def test_the_peak_memory_of_each_side_is_measured_on_a_cpu_and_is_that_of_its_own_step(data, tmp_path, monkeypatch):
+    """A batch that holds 256 MiB more is seen in ours, and not in stock TRL's turns beside it."""
+    kept, mib = Vlm.loss, 1 << 20
+
+    def wasteful(self, model, batch, preprocess):
+        held = torch.ones(64 * mib)
+        return kept(self, model, batch, preprocess), held
+
+    def peaks():
+        request = BenchRequest("train", data / "qwen3_vl", tmp_path, "test", repeats=1)
+        lines = bench(tiny_recipe("qwen3_vl", cameras="1-cam"), request, QUIET)["parts"]["train"]["lines"]
+        return [lines[name]["peak_memory_beside_weights_gib"] * 1024 for name in ("step", "stock TRL: step")]
+
+    ours, stock = peaks()
+    assert 10 < ours < 200  # Adam's state of 1.4 million weights alone is 11 MiB
+    assert 10 < stock < 200
+    monkeypatch.setattr(Vlm, "loss", lambda *given: wasteful(*given)[0])
+    more, as_before = peaks()
+    assert more - ours == pytest.approx(256, abs=100)
+    assert as_before == pytest.approx(stock, abs=100)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's memory is measured instead")
+def test_where_the_kernel_tells_no_peak_it_is_said_that_it_was_not_measured(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(resident, "_CLEAR", tmp_path / "no" / "clear_refs")
+    recipe = tiny_recipe(cameras="1-cam", mode="lora")
+    request = BenchRequest("train", data / "qwen2_5_vl", tmp_path, "test", repeats=1, is_beside_stock=False)
+    line = bench(recipe, request, Console())["parts"]["train"]["lines"]["step"]
+    assert line["peak_memory_beside_weights_gib"] is None
+    assert re.search(r"peak memory beside the weights\W+not measured", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])

@@ -17,7 +17,7 @@ from omni_cli.stages.bench.inputs import Inputs
 from omni_cli.stages.bench.latency import bench_export, find_export
 from omni_cli.stages.bench.loader import bench_loader
 from omni_cli.stages.bench.recordings import bench_etl
-from omni_cli.stages.bench.steps import bench_train
+from omni_cli.stages.bench.steps import PEAK, PEAK_BESIDE_WEIGHTS, bench_train
 from omni_cli.stages.bench.texture import TextureSpec
 from omni_cli.stages.bench.timing import Line, Part
 from omni_cli.stages.runs import Run
@@ -29,6 +29,7 @@ PARTS: Mapping[str, Callable[[Inputs, int], Part]] = {
     "infer": bench_infer,
     "export": bench_export,
 }
+_PEAKS = {PEAK: "peak memory of the GPU", PEAK_BESIDE_WEIGHTS: "peak memory beside the weights"}
 GPU = "gpu"  # the rows of `bench_gpu`, which are no part of these
 
 
@@ -108,7 +109,13 @@ def _device() -> str:
 
 def _rows(part: Part) -> list[tuple[str, ...]]:
     ratios = [("  " + name, f"{ratio:.2f}x", "", "", "") for name, ratio in part.ratios.items()]
-    return [*(_row(part.name, line) for line in part.lines), *ratios]
+    return [*(row for line in part.lines for row in (_row(part.name, line), *_peaks(line))), *ratios]
+
+
+def _peaks(line: Line) -> list[tuple[str, ...]]:
+    """Return a row on the memory that a line notes; a None was not measured."""
+    peaks = [(title, line.notes[key]) for key, title in _PEAKS.items() if key in line.notes]
+    return [(f"  {title}", "not measured" if gib is None else f"{gib:.3f} GiB", "", "", "") for title, gib in peaks]
 
 
 def _row(part: str, line: Line) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import set_seed
 
 from omni_cli.models.qwen_vl import DTYPES
@@ -16,6 +17,8 @@ from omni_cli.stages.bench.turns import PHASES, WARMUPS, Clock, Timed, Turns, tr
 from omni_cli.stages.etl import ensure_sidecar
 from omni_cli.stages.train import make_trainer
 
+PEAK = "peak_memory_gib"  # of a GPU, by one trainer with its model
+PEAK_BESIDE_WEIGHTS = "peak_memory_beside_weights_gib"  # of this machine: the rest of a step, with optimiser state
 _GIB, _GIGA = 2**30, 1e9
 _STOCK = "stock TRL: "
 _DIFFERENCE = "largest_relative_loss_difference"
@@ -98,7 +101,8 @@ def _flops_a_sample(recipe: Any, built: BuiltModel, windows: WindowDataset) -> f
 
 
 def _lines(name: str, clock: Clock, amounts: dict[str, float]) -> list[Line]:
-    notes = {"peak_memory_gib": round(clock.peak_bytes / _GIB, 2)} if clock.peak_bytes else {}
+    key = PEAK if torch.cuda.is_available() else PEAK_BESIDE_WEIGHTS
+    notes = {key: round(clock.peak_bytes / _GIB, 3) if clock.peak_bytes else None}
     timings = clock.timings()
     phases = [Line(f"{name}{phase}", timings[phase]) for phase in PHASES]
     return [Line(f"{name}step", timings["step"], amounts, notes), *phases]

@@ -13,10 +13,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import SaveStrategy
 
 from omni_cli.stages.bench.timing import Timing, synchronise
+from omni_cli.stages.resident import forget_peak, give_back, peak_bytes
 
 PHASES = ("data", "forward", "backward", "optimiser")  # the last with clipping and zeroing the gradients
 WARMUPS = 2
 _STEPS_A_TURN = 2
+_MEASURED = WARMUPS - 1  # the step whose memory is measured on a CPU
 
 
 class Turns:
@@ -65,7 +67,8 @@ class Clock(TrainerCallback):
     turns: Turns = field(default_factory=Turns)
     steps: list[list[float]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
-    peak_bytes: int = 0  # of the accelerator's memory, by this trainer alone
+    peak_bytes: int = 0  # of the accelerator's memory, by this trainer alone; without one, as `_note_peak` tells
+    _held_bytes: int | None = None  # of this machine's memory before the step that is measured
 
     def __post_init__(self) -> None:
         self.turns.join(self)
@@ -82,6 +85,9 @@ class Clock(TrainerCallback):
         self._before_bytes = _allocated_bytes()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
+        elif len(self.steps) == _MEASURED:
+            give_back()
+            self._held_bytes = forget_peak()
         self.steps.append([])
         self.mark()
 
@@ -97,8 +103,21 @@ class Clock(TrainerCallback):
             others = self._before_bytes - self._own_bytes
             self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated() - others)
             self._own_bytes = _allocated_bytes() - others
+        elif len(self.steps) == _MEASURED + 1:
+            self._note_peak(kwargs["optimizer"])
         control.should_training_stop |= self.turns.is_over
         self.turns.step_done()
+
+    def _note_peak(self, optimizer: Any) -> None:
+        """Note what a step takes beside the weights: what the process grew by in it, and the optimiser's state.
+
+        It is the last step that is not timed, before which freed memory is given back. The first also loads what all
+        later ones use, those of the other trainers too.
+        """
+        if self._held_bytes is not None:
+            state = [value for of_weight in optimizer.state.values() for value in of_weight.values()]
+            held = sum(value.nbytes for value in state if isinstance(value, torch.Tensor))
+            self.peak_bytes = peak_bytes() - self._held_bytes + held
 
     def timings(self) -> dict[str, Timing]:
         """Return the phases and the whole step, without the first steps."""
