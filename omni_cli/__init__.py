@@ -3,7 +3,7 @@
 import logging
 import os
 
-__version__ = "0.7.0"
+__version__ = "0.8.0"
 SCHEMA_VERSION = 1  # of the JSON document that ends the stdout of `--json`
 
 # TRL's trainers would tell the hub of every training; huggingface_hub reads this when it is imported.
