@@ -1,5 +1,6 @@
 """What every test starts from, and what tests of several files share: warm processes, a hub to fetch clips from."""
 
+import os
 import signal
 
 import pytest
@@ -7,6 +8,10 @@ import pytest
 # A shell without job control starts what it puts in the background with Ctrl-C ignored, and every child inherits that:
 # the tests that press Ctrl-C would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# What a shell says of its screen changes how lines and tables are drawn; a test about that says it itself.
+for variable in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+    os.environ.pop(variable, None)
 
 
 @pytest.fixture(scope="session")

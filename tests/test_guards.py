@@ -5,12 +5,14 @@ import math
 import os
 import re
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from omni_cli.errors import OmniError, Preempted
 from omni_cli.files import receipt_path
@@ -260,12 +262,14 @@ def judged_under(scaler):
     return get_grad_norm
 
 
-def test_signals_are_given_back_where_a_reporter_cannot_begin(vlm_shards, tmp_path, monkeypatch):
-    def fail(*_):
+class CannotBegin(TrainerCallback):
+    def on_train_begin(self, *_, **__):
         raise OSError("no reporter today")
 
+
+def test_signals_are_given_back_where_a_reporter_cannot_begin(vlm_shards, tmp_path, monkeypatch):
     before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
-    monkeypatch.setattr("omni_cli.stages.train.fit.reporters", fail)
+    monkeypatch.setattr("omni_cli.stages.train.fit.reporting", lambda *_: nullcontext([CannotBegin()]))
     with pytest.raises(OSError, match="no reporter today"):
         run_train(short(), vlm_shards, tmp_path)
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
