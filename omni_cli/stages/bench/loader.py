@@ -3,6 +3,7 @@
 import math
 import os
 import random
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ _BATCHES = 4  # in one go of the loader
 _MOST_WINDOWS, _MOST_BYTES = 256, 1 << 30  # in one go of reading
 _LEAST_WINDOWS = 64  # in one that is warm, some of them again: two alone take 2 ms, too little to time
 _SEED = 20_261
+_TRIES, _BUSY_S = 5, 0.05  # a page that the kernel is busy with is not dropped
 
 
 @dataclass(frozen=True)
@@ -91,11 +93,17 @@ def forget(files: Mapping[Path, int]) -> bool | None:
     Returns:
         Whether it did; None where the file system does not say what is in memory.
     """
-    for descriptor in files.values():
-        os.fdatasync(descriptor)  # what is not on the disk yet cannot be dropped
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    cached = [is_cached(descriptor, 0) for descriptor in files.values()]
-    return None if None in cached else not any(cached)
+    for _ in range(_TRIES):
+        for descriptor in files.values():
+            os.fdatasync(descriptor)  # what is not on the disk yet cannot be dropped
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        cached = [is_cached(descriptor, 0) for descriptor in files.values()]
+        if None in cached:
+            return None
+        if not any(cached):
+            return True
+        time.sleep(_BUSY_S)
+    return False
 
 
 def _can_forget(files: Mapping[Path, int], console: Console) -> bool:
