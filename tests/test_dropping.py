@@ -3,6 +3,7 @@
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from omni_cli.stages import checkpoints, runs
 from omni_cli.stages.etl import EtlRequest, etl
 from omni_cli.stages.train import TrainRequest, callbacks, train
 from tests.support.bad_steps import night_recipe, spoilt
+from tests.support.driving import tiny_student, write_drives
 from tests.support.folders import tree
 from tests.support.pipeline import QUIET, write_synthetic
 
@@ -19,9 +21,9 @@ MICRO_BATCHES = 3  # of a step
 TIMES = ("elapsed_s", "samples_per_s", "tokens_per_s", "data_wait_share", "peak_memory_bytes")
 
 
-def recipe() -> Vlm:
+def recipe(log_steps: int = 2) -> Vlm:
     """With dropout, whose random numbers a dropped step has drawn; epochs end within the run."""
-    settings = {"batch_size": 1, "accumulation": MICRO_BATCHES, "max_steps": 6, "save_steps": 4, "log_steps": 2}
+    settings = {"batch_size": 1, "accumulation": MICRO_BATCHES, "max_steps": 6, "save_steps": 4, "log_steps": log_steps}
     return night_recipe("lora", **settings)
 
 
@@ -32,8 +34,8 @@ def shards(tmp_path_factory) -> Path:
     return Path(etl(recipe(), EtlRequest(data=data, workers=0), QUIET)["shards"])
 
 
-def trained(shards: Path, folder: Path) -> Path:
-    train(recipe(), TrainRequest(shards, folder, folder, "r", "test"), QUIET)
+def trained(shards: Path, folder: Path, learns: Any = None) -> Path:
+    train(learns or recipe(), TrainRequest(shards, folder, folder, "r", "test"), QUIET)
     return folder / "r"
 
 
@@ -42,7 +44,7 @@ def undisturbed(shards, tmp_path_factory) -> Path:
     return trained(shards, tmp_path_factory.mktemp("undisturbed"))
 
 
-def interrupted(shards: Path, folder: Path, at: int) -> str:
+def interrupted(shards: Path, folder: Path, at: int, learns: Any = None) -> str:
     """Send SIGTERM in one of the micro-batches that are learned from; return what the training ends with."""
 
     def send(number, batch, made):
@@ -50,8 +52,8 @@ def interrupted(shards: Path, folder: Path, at: int) -> str:
             os.kill(os.getpid(), signal.SIGTERM)
         return made
 
-    with spoilt(send), pytest.raises(Preempted) as stopped:
-        trained(shards, folder)
+    with spoilt(send, type(learns or recipe())), pytest.raises(Preempted) as stopped:
+        trained(shards, folder, learns)
     return str(stopped.value)
 
 
@@ -91,6 +93,32 @@ def test_the_mean_loss_of_a_stop_is_that_of_the_steps_that_ended(shards, undistu
     trained(shards, tmp_path)
     second = history(tmp_path / "r")[2]
     assert (first["loss"] + second["loss"]) / 2 == pytest.approx(history(undisturbed)[2]["loss"], rel=1e-6)
+
+
+@pytest.mark.fault("F2")
+def test_what_norms_learned_from_a_dropped_step_is_dropped_too(tmp_path, monkeypatch) -> None:
+    """BatchNorm learns whenever it is run, and no weight has to move for that; said is what was done."""
+    settings = {"batch_size": 2, "accumulation": 3, "max_steps": 3, "save_steps": 3, "log_steps": 2}
+    student = tiny_student("resnet", mode="full", train=settings)
+    write_drives(tmp_path / "data", clips_per_chunk=2, seconds=3.0)
+    shards = Path(etl(student, EtlRequest(data=tmp_path / "data", workers=0), QUIET)["shards"])
+    undisturbed = trained(shards, tmp_path / "undisturbed", student)
+    monkeypatch.setattr(callbacks, "PATIENCE_S", 0.0)
+    said = interrupted(shards, tmp_path, 2 * 3 + 2, student)
+    assert said.startswith("stopped at step 2 of 3, saved")
+    trained(shards, tmp_path, student)
+    assert tree(tmp_path / "r" / "final") == tree(undisturbed / "final")
+
+
+def test_a_stop_in_the_first_step_of_an_epoch_is_logged_as_the_step_before(shards, undisturbed, tmp_path, monkeypatch):
+    """The Trainer forgets the norm and the rate of its last step where an epoch begins."""
+    monkeypatch.setattr(callbacks, "PATIENCE_S", 0.0)
+    interrupted(shards, tmp_path, 2 * MICRO_BATCHES + 1, recipe(log_steps=6))
+    (line,) = checkpoints.read_history(tmp_path / "r")
+    expected = checkpoints.read_history(undisturbed)[0]
+    assert (expected["step"], expected["epoch"]) == (2, 1.0)
+    same = ("step", "epoch", "grad_norm", "learning_rate", "loss")
+    assert {name: line[name] for name in same} == {name: expected[name] for name in same}
 
 
 @pytest.mark.fault("F2")

@@ -213,6 +213,7 @@ class StopOnSignal(TrainerCallback):
         """Drop a step that takes too long to end; save the last one that ended, where it is not saved."""
         if not self._heard or self._ranks.count > 1 or time.monotonic() - self._heard_at_s < PATIENCE_S:
             return
+        self._console.warn(f"dropping this step, which did not end within {PATIENCE_S:g} s; it will be taken again")
         self._drop()
         control.should_training_stop = True
         control.should_save = control.should_log = state.global_step > self._saved_at

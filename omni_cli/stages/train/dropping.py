@@ -1,8 +1,9 @@
 """A step that takes too long to end once a signal came is dropped: what is saved is all as the last one left it.
 
 A scheduler kills 30 s after its SIGTERM, and a step of many micro-batches takes longer. So between two of them the
-training goes back to where the last step ended: its random numbers, its part of the mean loss and what was counted.
-No weight has moved since; the step is taken again, whole, when the run goes on.
+training goes back to where the last step ended: its random numbers, its part of the mean loss, what was counted, and
+what BatchNorm layers learned by being run. No weight has moved since; the step is taken again, whole, when the run goes
+on.
 """
 
 import random
@@ -11,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from omni_cli.stages.train.pace import Counted, Pace
 
@@ -48,15 +50,18 @@ class _Kept:
     loss: Tensor  # summed since the last that was logged
     flos: float
     counted: Counted
+    norms: list[tuple[Tensor, Tensor]]  # what BatchNorm layers hold of all batches, and a copy
 
 
 class Droppable:
     """Mixin of a Trainer that has a pace: it can go back to the end of its last step, until the next one has ended."""
 
     pace: Pace
+    model: nn.Module
     current_flos: float
     _kept: _Kept
     _tr_loss: Tensor
+    _last_step: tuple[Any, float | None] = (None, None)  # its gradient norm and learning rate
 
     def drop(self) -> None:
         """Be as when the last step ended; called between two micro-batches."""
@@ -64,9 +69,13 @@ class Droppable:
         self._tr_loss = self._kept.loss
         self.current_flos = self._kept.flos
         self.pace.go_back(self._kept.counted)
+        for held, copy in self._kept.norms:
+            held.copy_(copy)
 
     def _keep(self) -> None:
-        self._kept = _Kept(_Drawing.now(), self._tr_loss.clone(), self.current_flos, self.pace.counted)
+        layers = [each for each in self.model.modules() if isinstance(each, _BatchNorm)]
+        norms = [(held, held.clone()) for each in layers for held in each.buffers()]
+        self._kept = _Kept(_Drawing.now(), self._tr_loss.clone(), self.current_flos, self.pace.counted, norms)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
         """Keep what was before the first step of all; of a later epoch it is what the last step left."""
@@ -78,7 +87,18 @@ class Droppable:
         super()._load_rng_state(checkpoint)  # type: ignore[misc]  # of the Trainer
         self._keep()
 
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Keep what a step left once it is logged, measured and saved."""
-        super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]  # of the Trainer
+    def _maybe_log_save_evaluate(
+        self, loss: Tensor, grad_norm: Any, *args: Any, learning_rate: float | None = None, **kwargs: Any
+    ) -> None:
+        """Keep what a step left once it is logged, measured and saved.
+
+        An epoch whose first step was dropped knows neither norm nor rate of the last one that ended, of which the line
+        of history is that is written then.
+        """
+        if grad_norm is not None:
+            self._last_step = grad_norm, learning_rate
+        grad_norm, learning_rate = self._last_step
+        super()._maybe_log_save_evaluate(  # type: ignore[misc]  # of the Trainer
+            loss, grad_norm, *args, learning_rate=learning_rate, **kwargs
+        )
         self._keep()
