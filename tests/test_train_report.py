@@ -1,8 +1,10 @@
 """What a training leaves for people: its pace, its report, its curves elsewhere; and that none of it moves a weight."""
 
 import json
+import os
 import re
 import shutil
+import signal
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,17 +16,18 @@ from typer.testing import CliRunner
 
 from omni_cli.commands import app
 from omni_cli.commands._options import names_in
-from omni_cli.errors import OmniError, UsageError
+from omni_cli.errors import OmniError, Preempted, UsageError
 from omni_cli.report import Console
 from omni_cli.samples.dataset import WindowDataset
 from omni_cli.samples.shards import open_shards
 from omni_cli.stages import checkpoints, runs
 from omni_cli.stages.audit.artefacts import read_receipts, size_findings, stray_findings
 from omni_cli.stages.etl import EtlRequest, ensure_sidecar, etl
-from omni_cli.stages.train import TrainRequest, guards, pace, report, train
+from omni_cli.stages.train import TrainRequest, guards, pace, report, reporters, train
 from omni_cli.stages.train import telemetry as train_telemetry
 from omni_cli.stages.train.curves import telemetry_picture
 from omni_cli.stages.train.telemetry import read_telemetry
+from tests.support.bad_steps import spoilt
 from tests.support.pipeline import QUIET, kill_recipe, tiny_recipe, write_synthetic
 from tests.support.trackers import stand_in_wandb
 
@@ -236,6 +239,75 @@ def test_a_session_is_opened_once_and_ended_and_says_nothing_on_stdout(
     assert losses == [line["loss"] for line in checkpoints.read_history(Path(run))]
     said = capfd.readouterr()
     assert (said.out, "wandb: hello" in said.err, "wandb: goodbye" in said.err) == ("", True, True)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("WANDB_BROKEN", "its session did not end well; last curves may be lost: service is gone"),
+        ("WANDB_UPLOADS_S", "its session did not end within 0.1 s; last curves may be lost"),
+    ],
+)
+@pytest.mark.usefixtures("wandb")
+def test_a_session_that_does_not_end_hides_nothing(tmp_path, shards, monkeypatch, capsys, case) -> None:
+    """Neither that a signal came and all is saved, nor that the training is done."""
+    variable, said = case
+    monkeypatch.setattr(reporters, "_PATIENCE_S", 0.1)
+    monkeypatch.setenv("WANDB_API_KEY", "known")
+    monkeypatch.setenv(variable, "3")
+
+    def send(number, batch, made):
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return made
+
+    with spoilt(send), pytest.raises(Preempted):
+        train(RECIPE, request(shards, tmp_path, report_to=("wandb",)), Console())
+    assert f"--report-to wandb: {said}" in capsys.readouterr().err
+    monkeypatch.setenv("WANDB_UPLOADS_S", "0")
+    run = Path(train(RECIPE, request(shards, tmp_path, report_to=("wandb",)), Console())["run"])
+    assert runs.open_run(run).is_done()
+    told = (tmp_path / "site" / "wandb" / "told.jsonl").read_text().splitlines()
+    ends = [json.loads(line).get("finished") for line in told]
+    assert [each for each in ends if each is not None] == [1, 0]
+
+
+class Comet:
+    """A stand-in for the package, as far as a session is opened and ended."""
+
+    ExperimentConfig, exceptions = dict, SimpleNamespace(CometException=RuntimeError)
+
+    def __init__(self) -> None:
+        self.modes: list[str | None] = []
+
+    def start(self, mode, experiment_config):
+        self.modes.append(mode)
+        return SimpleNamespace(alive=True, end=lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("asked", "ours", "callbacks"), [(None, None, None), ("get", "get", "get"), ("Create", "create", "get_or_create")]
+)
+def test_comet_is_asked_for_one_experiment(tmp_path, monkeypatch, asked, ours, callbacks) -> None:
+    """What the callback asks for is what is open already, also where a new one was wanted."""
+    comet = Comet()
+    monkeypatch.setattr(reporters, "import_module", lambda _: comet)
+    monkeypatch.delenv("COMET_MODE", raising=False)
+    if asked:
+        monkeypatch.setenv("COMET_MODE", asked)
+    with reporters._session("comet_ml", SimpleNamespace(name="r"), QUIET):
+        assert os.environ.get("COMET_MODE") == callbacks
+    assert (comet.modes, os.environ.get("COMET_MODE")) == ([ours], asked)
+
+
+def test_comet_cannot_be_asked_to_report_nothing(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(reporters, "import_module", lambda _: Comet())
+    monkeypatch.setenv("COMET_MODE", "disabled")
+    with (
+        pytest.raises(UsageError, match="COMET_MODE is 'disabled', expected one of get, get_or_create, create"),
+        reporters._session("comet_ml", SimpleNamespace(name="r"), QUIET),
+    ):
+        pytest.fail("a session was opened")
 
 
 def test_reporters_are_named_with_commas_or_one_by_one() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 _PACKAGE = """
-import json, os, pathlib, sys, types
+import json, os, pathlib, sys, threading, types
 from . import errors
 
 class _Config(dict):
@@ -22,6 +22,9 @@ class _Run:
         note(finished=exit_code)
         globals()["run"] = None
         os.write(1, b"wandb: goodbye")
+        if "WANDB_BROKEN" in os.environ:
+            raise ConnectionError("service is gone")
+        threading.Event().wait(float(os.environ.get("WANDB_UPLOADS_S", 0)))
 
 config, run = _Config(), None
 

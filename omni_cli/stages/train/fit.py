@@ -95,7 +95,7 @@ def _attempt(
     names = report_to if ranks.is_first and start.step < steps else ()
     with ExitStack() as held:
         with ranks.alike():
-            others = held.enter_context(reporting(names, run, start.step))
+            others = held.enter_context(reporting(names, run, start.step, console))
         return _learn(run, recipe, dataset, preprocess, console, start=start, others=others, ranks=ranks)
 
 

@@ -3,23 +3,29 @@
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 
 from omni_cli.config import nearest
-from omni_cli.errors import OmniError, UsageError
+from omni_cli.errors import OmniError, Preempted, UsageError
+from omni_cli.report import Console
 from omni_cli.stages.runs import TENSORBOARD, Run
 from omni_cli.telemetry import installed_version
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet-ml", "trackio": "trackio"}
 _KEEPS_HERE = {"wandb": "WANDB_MODE=offline", "comet_ml": "COMET_START_ONLINE=0"}
 _COMET_MODES = ("get", "get_or_create", "create")
+_PATIENCE_S = 5.0  # for a session to end once a signal stopped the training: the scheduler kills soon
 _PROJECT = "huggingface"  # the Trainer's own callback for Weights & Biases says so where nobody names one
+
+_End = Callable[[int], object]  # ends a session, with the exit code that is shown of it
 
 
 def check_reporters(names: Sequence[str]) -> None:
@@ -37,7 +43,7 @@ def check_reporters(names: Sequence[str]) -> None:
 
 
 @contextmanager
-def reporting(names: Sequence[str], run: Run, step: int) -> Iterator[list[TrainerCallback]]:
+def reporting(names: Sequence[str], run: Run, step: int, console: Console) -> Iterator[list[TrainerCallback]]:
     """Give the Trainer's own callbacks for what was asked, logged in before anything slow is done, and end them.
 
     TensorBoard's curves lie in the run's folder.
@@ -46,6 +52,7 @@ def reporting(names: Sequence[str], run: Run, step: int) -> Iterator[list[Traine
         names: of the reporters.
         run: that is trained.
         step: that it goes on from; what TensorBoard holds of later ones was lost, and is hidden.
+        console: told of a session that does not end well.
 
     Raises:
         UsageError: nobody is logged in to one.
@@ -57,7 +64,7 @@ def reporting(names: Sequence[str], run: Run, step: int) -> Iterator[list[Traine
         callbacks = [_callback(name, run, step) for name in names]
         for name in names:
             if name in _SESSIONS:
-                held.enter_context(_SESSIONS[name](run))
+                held.enter_context(_session(name, run, console))
         yield callbacks
 
 
@@ -76,7 +83,7 @@ def _tensorboard(run: Run, step: int) -> Any:
 
 
 @contextmanager
-def _wandb(run: Run) -> Iterator[None]:
+def _wandb(run: Run) -> Iterator[_End]:
     """Open what the callback finds open; the library itself would end it when the process ends, after `--json`."""
     wandb = import_module("wandb")
     try:
@@ -86,38 +93,78 @@ def _wandb(run: Run) -> Iterator[None]:
         raise UsageError(_refused("wandb", error)) from error
     except wandb.errors.Error as error:
         raise OmniError(_refused("wandb", error)) from error
-    try:
-        yield
-    except BaseException:
-        session.finish(exit_code=1)
-        raise
-    session.finish()
+    yield lambda exit_code: session.finish(exit_code=exit_code)
 
 
 @contextmanager
-def _comet(run: Run) -> Iterator[None]:
+def _comet(run: Run) -> Iterator[_End]:
     """Open what the callback finds open: one that is not heard says nothing, and the curves would be lost."""
     comet = import_module("comet_ml")
     mode = os.environ.get("COMET_MODE", "").lower()
-    config = comet.ExperimentConfig(name=run.name)
+    if mode and mode not in _COMET_MODES:
+        raise UsageError(f"--report-to comet_ml: COMET_MODE is {mode!r}, expected one of {', '.join(_COMET_MODES)}")
     try:
-        experiment = comet.start(mode=mode if mode in _COMET_MODES else None, experiment_config=config)
+        experiment = comet.start(mode=mode or None, experiment_config=comet.ExperimentConfig(name=run.name))
     except (ValueError, comet.exceptions.CometException) as error:
         raise UsageError(_refused("comet_ml", error)) from error
     if not experiment.alive:
         raise OmniError(_refused("comet_ml", "cannot be reached, or does not know the key"))
-    try:
-        yield
-    finally:
-        experiment.end()
+    # The callback would create another.
+    with _variable("COMET_MODE", "get_or_create") if mode == "create" else nullcontext():
+        yield lambda exit_code: experiment.end()
 
 
-_SESSIONS: dict[str, Callable[[Run], AbstractContextManager[None]]] = {"wandb": _wandb, "comet_ml": _comet}
+_SESSIONS: dict[str, Callable[[Run], AbstractContextManager[_End]]] = {"wandb": _wandb, "comet_ml": _comet}
+
+
+@contextmanager
+def _session(name: str, run: Run, console: Console) -> Iterator[None]:
+    """Hold a session open, and end it however the training ends; what its end cannot send never hides that."""
+    with _SESSIONS[name](run) as end:
+        try:
+            yield
+        except BaseException as error:
+            _end(name, partial(end, 1), console, _PATIENCE_S if isinstance(error, Preempted) else None)
+            raise
+        _end(name, partial(end, 0), console, None)
+
+
+def _end(name: str, end: Callable[[], object], console: Console, patience_s: float | None) -> None:
+    """End a session, and tell where its last curves may be lost; after a signal nobody waits for long."""
+    failures: list[Exception] = []
+
+    def run_it() -> None:
+        try:
+            end()
+        except Exception as error:  # the library's, of any kind
+            failures.append(error)
+
+    thread = Thread(target=run_it, daemon=True)
+    thread.start()
+    thread.join(patience_s)
+    if thread.is_alive():
+        console.warn(f"--report-to {name}: its session did not end within {patience_s:g} s; last curves may be lost")
+    for error in failures:
+        console.warn(f"--report-to {name}: its session did not end well; last curves may be lost: {_line_of(error)}")
 
 
 def _refused(name: str, why: object) -> str:
-    said = str(why).strip().splitlines()[0].rstrip(" .")
-    return f"--report-to {name}: {said}; to keep its curves on this machine set {_KEEPS_HERE[name]}"
+    return f"--report-to {name}: {_line_of(why)}; to keep its curves on this machine set {_KEEPS_HERE[name]}"
+
+
+def _line_of(error: object) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(" .")
+
+
+@contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    """Set a variable of the environment meanwhile, which is set already."""
+    before, os.environ[name] = os.environ[name], value
+    try:
+        yield
+    finally:
+        os.environ[name] = before
 
 
 @contextmanager
