@@ -147,3 +147,14 @@ def test_a_machine_without_a_compiler_is_refused_before_a_model_is_trained(monke
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
     with pytest.raises(UsageError, match=r"train.compile = true: torch cannot compile here \(.*\); it needs a C\+\+"):
         compiled.compile_layers(torch.nn.Linear(2, 2))
+
+
+def test_a_program_that_cannot_be_loaded_is_one_line():
+    def half(*_):
+        raise ImportError("ab.main.so: file too short")
+
+    said = (
+        r"^train.compile = true: a layer could not be compiled \(.*ab.main.so: file too short\); .*delete \S+ and run"
+    )
+    with pytest.raises(compiled.CompilerFailed, match=said), compiled.in_words():
+        torch.compile(torch.sin, backend=half)(torch.zeros(2))

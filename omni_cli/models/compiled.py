@@ -8,17 +8,20 @@ of new lengths). What is left does not depend on how rows are packed, and any nu
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from omni_cli.errors import UsageError
+from omni_cli.errors import OmniError, UsageError
 from omni_cli.models import batched_vision, packing, quantised
 
 BACKEND = "inductor"
@@ -60,6 +63,27 @@ def compile_layers(model: nn.Module, backend: str = BACKEND) -> tuple[str, ...]:
     for layer in layers:
         layer.forward = MethodType(_forward_of(kinds[type(layer)]), layer)
     return (f"{len(layers)} layers are compiled while the first steps run, which take minutes longer",)
+
+
+class CompilerFailed(OmniError):
+    """A layer could not be compiled, or its program not be loaded."""
+
+
+@contextmanager
+def in_words() -> Iterator[None]:
+    """Say in one line that a compiler failed; it is killed with us where a signal is sent to all processes at once.
+
+    Raises:
+        CompilerFailed: it did.
+    """
+    try:
+        yield
+    except BackendCompilerFailed as error:
+        reason = str(error.inner_exception).strip().splitlines()[0]
+        raise CompilerFailed(
+            f"train.compile = true: a layer could not be compiled ({reason}); a compiler that was killed leaves halves "
+            f"of programs: delete {cache_dir()} and run the same command again, or leave train.compile at false"
+        ) from error
 
 
 def _unwrapped(kind: Any) -> Callable[..., Any]:
