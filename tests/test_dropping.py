@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from omni_cli.errors import Preempted
 from omni_cli.recipes.vlm import Vlm
@@ -125,5 +126,24 @@ def test_a_stop_in_the_first_step_of_an_epoch_is_logged_as_the_step_before(shard
 def test_a_step_that_ends_in_time_is_kept(shards, undisturbed, tmp_path) -> None:
     said = interrupted(shards, tmp_path, MICRO_BATCHES + 1)
     assert said.startswith("stopped at step 2 of 6, saved")
+    trained(shards, tmp_path)
+    assert tree(tmp_path / "r" / "final") == tree(undisturbed / "final")
+
+
+@pytest.mark.fault("F2")
+def test_a_signal_that_kills_the_compiler_too_is_a_stop(shards, undisturbed, tmp_path) -> None:
+    """A scheduler signals all processes of a job at once; the run goes on from what was saved before."""
+
+    def killed(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("g++ ended with -15")
+
+    def fail(number, batch, made):
+        if number == 4 * MICRO_BATCHES + 2:
+            torch.compile(torch.sin, backend=killed)(torch.zeros(2))
+        return made
+
+    with spoilt(fail), pytest.raises(Preempted, match=r"^stopped at a step that was being compiled, unsaved; run the"):
+        trained(shards, tmp_path)
     trained(shards, tmp_path)
     assert tree(tmp_path / "r" / "final") == tree(undisturbed / "final")

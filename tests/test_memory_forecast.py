@@ -5,22 +5,30 @@ import os
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from omni_cli.config import resolve
 from omni_cli.errors import UsageError
 from omni_cli.profiles import Machine, load_profile
 from omni_cli.recipes.vlm import Vlm
-from omni_cli.recipes.vlm.settings import VlmSample
+from omni_cli.recipes.vlm.settings import VlmSample, VlmTrain
+from omni_cli.report import Console
 from omni_cli.stages.checkpoints import read_history
 from omni_cli.stages.runs import HISTORY, TELEMETRY
 from omni_cli.stages.train import TrainRequest, train
-from omni_cli.stages.train.forecast import Memory, check_fits, forecast
+from omni_cli.stages.train.cut_forecast import CutMemory, forecast_cut
+from omni_cli.stages.train.fits import check_fits
+from omni_cli.stages.train.forecast import Memory, forecast
+from omni_cli.stages.train.plan import _is_alike, check_memory, dry_run
 from tests.support.pipeline import QUIET, make_run, tiny_recipe, write_synthetic
 
 _MIB = 2**20
 _ALLOWED = 0.2  # of what was measured
+LATER = {"sharding": "fsdp2", "compile": True, "blind": True}  # settings of a step that runs of before do not know
 
 
 def large(family="qwen2_5_vl", mode="full", *, window=16, canvas_px=336, cameras="1-cam", **train_changes):
@@ -140,6 +148,101 @@ def test_a_training_that_cannot_fit_its_accelerator_does_not_begin(tmp_path, tig
     assert not list(tmp_path.iterdir())
 
 
+def cut(**changes) -> Vlm:
+    """A tiny model that is cut over its processes."""
+    settings = VlmTrain(batch_size=2, workers=0, gradient_checkpointing=True, sharding="fsdp2", **changes)
+    return tiny_recipe("qwen3_vl", cameras="1-cam", train=settings)
+
+
+def sure(recipe, processes: int) -> CutMemory:
+    memory = forecast_cut(recipe, recipe.preprocess(), processes)
+    assert memory is not None
+    return memory
+
+
+def test_a_model_that_is_to_be_cut_by_one_process_is_refused_by_its_plan_too(tmp_path):
+    request = TrainRequest(None, tmp_path, tmp_path, "r", "small", dry_run=True)
+    with pytest.raises(UsageError, match=r"fsdp2 cuts the model over the ranks of torchrun, and there is one; start"):
+        train(cut(), request, QUIET)
+
+
+def test_what_each_process_holds_of_a_cut_model_is_planned_and_refused_where_it_cannot_fit(tmp_path, tight):
+    """A lower bound: four numbers of four bytes for each weight, over the processes."""
+    recipe, memory = cut(accumulation=4), sure(cut(accumulation=2), 2)  # of which each takes half
+    weights = recipe.size(recipe.preprocess()).weights
+    assert memory.peak == pytest.approx(4 * 4 * weights / 2 + memory.gathered)
+    promised = {fit: tight.model_copy(update={"memory_gib": memory.peak * fit / 2**30}) for fit in (0.99, 1.01)}
+    request = TrainRequest(None, tmp_path, tmp_path, "r", "small", dry_run=True, machine=promised[1.01])
+    planned = dry_run(recipe, request, QUIET, 2)["memory_of_each_process_gib"]
+    assert planned["at_least"] == round(memory.peak / 2**30, 2)
+    line = (
+        r"^each of 2 processes needs at least 0\.\d\d GiB, without its activations, profile small has 0\.\S+ GiB; no "
+    )
+    with pytest.raises(UsageError, match=line) as refusal:
+        dry_run(recipe, replace(request, machine=promised[0.99]), QUIET, 2)
+    assert "no fewer than 3 processes could hold it, or --set train.sharding=none --set tune.mode=lora takes less" in (
+        str(refusal.value)
+    )
+    with pytest.raises(UsageError, match="each of 2 processes needs at least"):
+        check_memory(recipe, replace(request, machine=promised[0.99]), QUIET, 2)
+
+
+def test_more_processes_do_not_hold_what_each_holds_whole_before_it_is_cut(tight):
+    memory = sure(cut(), 64)
+    assert memory.peak == memory.uncut == 4 * cut().size(cut().preprocess()).weights
+    small = tight.model_copy(update={"memory_gib": memory.uncut * 0.9 / 2**30})
+    with pytest.raises(UsageError, match=r"to hold the model in float32 until it is cut, profile p has \S+ GiB; --set"):
+        check_fits(cut(), memory, small, "p")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Put a GPU here, as far as torch tells of it; returns what sets its memory, and how much of it is free [GiB]."""
+
+    def put(total_gib: float, free_gib: float) -> None:
+        total, free = int(total_gib * 2**30), int(free_gib * 2**30)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        found = SimpleNamespace(name="Tiny", total_memory=total)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, total))
+
+    return put
+
+
+@pytest.mark.parametrize("accelerator", ["cuda", "cpu"])
+def test_a_step_is_held_against_the_gpu_that_is_here_too(accelerator, gpu, tmp_path, capsys):
+    """A profile may promise more than there is; that of a CPU promises nothing of a GPU."""
+    recipe = large(batch_size=8, mode="lora")
+    peak_gib = foreseen(recipe, on_gpu=True).peak / 2**30
+    promised = Machine(accelerator=accelerator, memory_gib=100 * peak_gib, precision="float32")
+    request = TrainRequest(None, tmp_path, tmp_path, "r", "p", machine=promised)
+    gpu(total_gib=0.8 * peak_gib, free_gib=0.8 * peak_gib)
+    line = rf"^a step needs about {peak_gib:.2f} GiB at its peak, GPU Tiny has {0.8 * peak_gib:.2f} GiB; --set train"
+    with pytest.raises(UsageError, match=line):
+        check_memory(recipe, request, QUIET)
+    gpu(total_gib=2 * peak_gib, free_gib=2 * peak_gib)
+    check_memory(recipe, request, Console())
+    assert "warning" not in capsys.readouterr().err
+    gpu(total_gib=2 * peak_gib, free_gib=0.5 * peak_gib)
+    check_memory(recipe, request, Console())
+    free = f"of GPU Tiny {0.5 * peak_gib:.2f} GiB are free of {2 * peak_gib:.2f} GiB: memory may run out unless other"
+    assert f"warning: a step needs about {peak_gib:.2f} GiB at its peak, and {free}" in capsys.readouterr().err
+    shared = promised.model_copy(update={"unified_memory": True})
+    check_memory(recipe, replace(request, machine=shared), Console())
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_a_training_that_its_gpu_cannot_hold_does_not_begin_and_its_plan_does(gpu, tmp_path, tight):
+    """A plan may be for another machine."""
+    recipe, promised = large(batch_size=8), tight.model_copy(update={"memory_gib": 100.0})
+    gpu(total_gib=0.1, free_gib=0.1)
+    request = TrainRequest(None, tmp_path, tmp_path, "r", "p", dry_run=True, machine=promised)
+    assert train(recipe, request, QUIET)["dry_run"]
+    with pytest.raises(UsageError, match=r"GPU Tiny has 0\.10 GiB"):
+        check_memory(recipe, request, QUIET)
+
+
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory):
     """A finished run of four steps that logs each, measures and saves every other, and a plan of one like it."""
@@ -165,8 +268,29 @@ def test_hours_are_those_of_a_run_whose_steps_did_the_same(logged):
     assert planned["hours"] > 1.005 * step_s  # of 3600 steps: what measuring and saving take comes on top
     assert planned["tokens_per_sample"] == window_tokens(made.recipe)
     unknown = "unknown: no finished run of this profile, model, batch and validation is here, of two logged lines"
-    for other in ({"batch_size": 3}, {"validation_windows": 3}):
+    for other in ({"batch_size": 3}, {"validation_windows": 3}, {"blind": True}, {"compile": True}):
         assert plan(**other)["hours"].startswith(unknown)
+
+
+def test_a_run_that_is_finished_needs_no_memory_any_more(logged, tight):
+    """It may have been trained on a larger machine."""
+    made, _ = logged
+    small = tight.model_copy(update={"memory_gib": 1e-6})
+    request = TrainRequest(made.shards, made.data, made.run.folder.parent, made.run.folder.name, "test", machine=small)
+    assert train(made.recipe, request, QUIET)["run"] == str(made.run.folder)
+    with pytest.raises(UsageError, match="profile test has 1e-06 GiB"):
+        train(made.recipe, replace(request, fresh=True), QUIET)
+
+
+def test_a_run_that_does_not_know_a_setting_did_what_that_changes_nothing_of():
+    recipe = tiny_recipe(cameras="1-cam")
+    settings = recipe.model_dump(mode="json")
+    older = {**settings, "train": {name: one for name, one in settings["train"].items() if name not in LATER}}
+    assert (_is_alike(older, recipe), _is_alike(settings, recipe)) == (True, True)
+    for name, value in LATER.items():
+        other = recipe.model_copy(update={"train": recipe.train.model_copy(update={name: value})})
+        assert not _is_alike(older, other)
+        assert _is_alike(other.model_dump(mode="json"), other)
 
 
 def test_hours_hold_what_measuring_and_saving_take_and_not_what_a_kill_lost(logged):

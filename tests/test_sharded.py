@@ -18,6 +18,7 @@ from omni_cli.stages import runs
 from omni_cli.stages.checkpoints import read_history
 from omni_cli.stages.etl import EtlRequest, etl
 from omni_cli.stages.train import TrainRequest, train
+from omni_cli.stages.train.cut_forecast import forecast_cut
 from omni_cli.stages.train.sharding import check_sharding
 from tests.support.cut import CASES, RATE, SPEEDS, built, case_recipe, cut_recipe, labels_of, stepped
 from tests.support.pipeline import QUIET, write_synthetic
@@ -93,6 +94,26 @@ def test_what_does_not_learn_beside_the_language_model_is_whole_on_every_rank(fo
         assert {kind for name, kind in ours["types"].items() if name not in frozen} == {"torch.float32"}
         assert ours["held"] == pytest.approx(ours["cut"] / 2, rel=0.01)
         assert found[rank][number]["weights"].keys() == (ours["weights"].keys() if rank == 0 else set())
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=NAMES)
+def test_what_each_of_two_ranks_holds_is_foreseen(found, number) -> None:
+    """The plan's outline has one weight as embedding and head, where `built` makes two of them."""
+    family, _, precision = CASES[number]
+    vlm, bytes_each = case_recipe(*CASES[number]), getattr(torch, precision).itemsize
+    memory = forecast_cut(vlm, vlm.preprocess(), 2)
+    assert memory is not None
+    model = vlm.outline(vlm.preprocess())
+    embedding = model.get_input_embeddings().weight.numel()
+    ours = found[0][number]
+    second = embedding if family == "qwen2_5_vl" else 0
+    assert memory.cut == 4 * (ours["cut"] - second)
+    assert memory.weights - memory.whole == pytest.approx(4 * (ours["held"] - second / 2), rel=0.01)
+    frozen = sum(weight.numel() for name, weight in model.named_parameters() if name in ours["plain"])
+    assert memory.whole == frozen * bytes_each
+    learning = sum(each.numel() for name, each in ours["gradients"].items()) - second
+    assert (memory.of_gradients, memory.of_optimizer) == (4 * learning, 8 * learning)
+    assert embedding * bytes_each <= memory.gathered <= memory.uncut // 4 * bytes_each
 
 
 def test_a_step_that_bfloat16_would_round_away_is_kept(found, alone) -> None:

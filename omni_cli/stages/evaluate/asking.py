@@ -2,18 +2,17 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from omni_cli.errors import OmniError
 from omni_cli.recipe import BuiltModel, Prediction, Row
 from omni_cli.report import Console, counted
 from omni_cli.samples.dataset import WindowDataset
+from omni_cli.stages.out_of_memory import in_words
 
 MOST_WINDOWS = 32  # asked about at once, unless a user says how many
 MOST_TOKENS = 65_536  # of these windows together: what the profiles train one sample of at most
@@ -103,15 +102,11 @@ def seed_of(row: Row, number: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6])
 
 
-@contextmanager
-def _in_words(windows: int) -> Iterator[None]:
-    """Say what to do where a batch does not fit a GPU.
+def _in_words(windows: int) -> AbstractContextManager[None]:
+    """Return a context that says what to do where a batch does not fit the memory.
 
     Raises:
         OmniError: it does not.
     """
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        fewer = f"ask about fewer with --batch {max(windows // 2, 1)}" if windows > 1 else "choose a larger device"
-        raise OmniError(f"the GPU's memory is too small for {counted(windows, 'window')} at once; {fewer}") from None
+    fewer = f"ask about fewer with --batch {max(windows // 2, 1)}" if windows > 1 else "choose a larger device"
+    return in_words(lambda what: f"{what}, too little for {counted(windows, 'window')} at once; {fewer}")

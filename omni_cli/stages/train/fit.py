@@ -15,6 +15,7 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from omni_cli import files
 from omni_cli.errors import DataError, OmniError, Preempted
+from omni_cli.models import compiled
 from omni_cli.models.adapters import trainable_count, types_kept, weight_count
 from omni_cli.recipe import BuiltModel, SelfTested, TrainSettings
 from omni_cli.report import Console, counted
@@ -32,6 +33,7 @@ from omni_cli.stages.train.reporters import reporting
 from omni_cli.stages.train.roll_back import roll_back
 from omni_cli.stages.train.sharding import check_sharding
 from omni_cli.stages.train.shards import MORE_LABELS
+from omni_cli.stages.train.shortage import Shortage, moment
 from omni_cli.stages.train.telemetry import recorder_of
 from omni_cli.stages.train.trainer import RowCollator, compose_trainer, trainer_arguments
 from omni_cli.stages.train.validation import Best, KeepBest, best_folder, is_best_whole, make_validation
@@ -62,8 +64,8 @@ def fit(
     After a bad step it begins again from the last good one as if killed and run again, in the same process.
 
     Raises:
-        OmniError: a step is bad, and going back does not help or is not wanted; or the best weights are asked for, and
-            are lost, or windows to find them with cannot be read. Its checkpoints stay.
+        OmniError: memory ran out; a step is bad, and going back does not help or is not wanted; or the best weights are
+            asked for, and are lost, or windows to find them with cannot be read. Its checkpoints stay.
     """
     while True:
         try:
@@ -114,11 +116,13 @@ def _learn(
 
     Raises:
         BadStep: a step must not move a weight.
+        OmniError: memory ran out.
     """
     saved, steps = run.folder / runs.CHECKPOINTS, planned_steps(recipe.train, len(dataset))
+    shortage = Shortage(run, recipe, ranks)
     guard = Guard(recipe.train, start.facts, ranks)
     gradients = GradientCheck(start.facts, guard, ranks)
-    with ranks.alike():
+    with ranks.alike(), shortage.told(lambda: "as the model was built"):
         validation = make_validation(recipe, dataset, start.facts, console, ranks)
         set_seed(recipe.train.seed)
         built = recipe.build(preprocess, start.checkpoint)
@@ -127,17 +131,18 @@ def _learn(
     console.say(f"run {run.folder}: {_describe(recipe, built)} from {learns_from}, {_span(start.step, steps)}")
     for note in (*built.notes, *_shared(recipe.train, ranks)):
         console.say(note)
-    trainer = make_trainer(saved, recipe, built, dataset, steps, Droppable, Paced, ranks=ranks)
+    with shortage.told(lambda: "as the model was put on its device"):
+        trainer = make_trainer(saved, recipe, built, dataset, steps, Droppable, Paced, ranks=ranks)
     trainer.guard, trainer.validation, trainer.pace, trainer.args.run_name = guard, validation, Pace(ranks), run.name
     if start.checkpoint and start.step == steps:  # killed before the weights were published
         # `train` would take one step more; this is what it does first, so that the same bytes are published.
         trainer._load_from_checkpoint(str(start.checkpoint))
     else:
-        with ranks.alike():
+        with ranks.alike(), shortage.told(lambda: "in the first try-out"):
             _try_out(recipe, built, dataset, console)
         keepers: list[Keeper] = [gradients, guard, *([validation] if validation else [])]
         best = [KeepBest(run, recipe, built, validation, ranks)] if validation else []
-        with ranks.noticing_loss():
+        with ranks.noticing_loss(), shortage.told(lambda: moment(trainer)):
             _take_steps(trainer, run, start, [gradients, *best], keepers, console=console, others=others)
         with ranks.alike():
             if validation:
@@ -222,6 +227,7 @@ def _take_steps(
 
     Raises:
         BadStep: a step must not move a weight.
+        CompilerFailed: a layer could not be compiled.
     """
     steps, found = trainer.args.max_steps, None
     if trainer.args.dataloader_num_workers:
@@ -242,20 +248,25 @@ def _take_steps(
             journal = Journal(run, keepers, bar, recorder, trainer.pace, guard=trainer.guard, ranks=ranks)
             for callback in (*watchers, stop, journal, *others, StopWhenSaved(stop)):
                 trainer.add_callback(callback)
-            with in_words_of_workers():
+            with in_words_of_workers(), compiled.in_words():
                 trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
             heard = stop.agree()
         except BadStep as bad:
             heard = stop.agree()
             if not heard:
                 raise
-            found = bad.found
+            found = f"a bad step ({bad.found.said})"
+        except compiled.CompilerFailed:  # of many ranks one alone may fail, which none of the others would know
+            heard = 0 if ranks.count > 1 else stop.agree()
+            if not heard:
+                raise
+            found = "a step that was being compiled"
         finally:
             stop.restore()
     if heard == signal.SIGINT:
         ranks.fail(KeyboardInterrupt())
     if found:  # whoever sent the signal does not wait for a step to be taken again
-        ranks.fail(Preempted(f"stopped at a bad step ({found.said}), unsaved; run the same command again"))
+        ranks.fail(Preempted(f"stopped at {found}, unsaved; run the same command again"))
     if heard and trainer.state.global_step < steps:
         at = trainer.state.global_step
         what = f"stopped at step {at} of {steps}, saved" if at else "stopped before the first step had ended"

@@ -15,21 +15,18 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from omni_cli.errors import UsageError
 from omni_cli.models.quantised import DECODER
-from omni_cli.profiles import Machine
 from omni_cli.recipe import ModelSize, Outlined
 from omni_cli.samples.preprocess import Preprocess
 from omni_cli.stages.disk import optimizer_bytes
+from omni_cli.stages.memory import GIB
 
-_GIB = 2**30
 _CPU = torch.device("cpu")
 _WITHOUT_COPIES = ("fused", "8bit", "paged")  # optimisers that need no second copy of the gradients while they step
 
@@ -49,9 +46,21 @@ class Memory:
         """All of them."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
+    def needs(self, needed_bytes: int) -> str:
+        """Say how much that is, with what a process takes beside it."""
+        return f"a step needs about {needed_bytes / GIB:.2f} GiB at its peak"
+
+    def remedies(self, recipe: Any, held_bytes: int) -> list[str]:
+        """Return the batch that would fit, if any; what a batch takes grows with the number of its windows."""
+        a_window = self.activations / recipe.train.batch_size
+        fitting = int((held_bytes - self.peak + self.activations) / a_window)
+        return [f"--set train.batch_size={fitting} would fit"] if 0 < fitting < recipe.train.batch_size else []
+
 
 def forecast(recipe: Any, preprocess: Preprocess, *, on_gpu: bool) -> Memory | None:
     """Return the peak of a step of one batch; None of a recipe without an outline, or whose model is cut over ranks.
+
+    Of the latter `forecast_cut` says what is sure.
 
     Args:
         recipe: what learns, and how.
@@ -83,35 +92,6 @@ def _foreseen(recipe: Any, preprocess: Preprocess, *, on_gpu: bool) -> Memory:
         (loss.total / loss.count).backward()
     tokens = batch["input_ids"].numel() if "input_ids" in batch else 0
     return replace(_larger_moment(living, model, recipe), tokens=tokens)
-
-
-def check_fits(recipe: Any, memory: Memory, machine: Machine, profile: str) -> str:
-    """Hold a forecast against what a profile promises; return one line on it.
-
-    Raises:
-        UsageError: it is more; the message says what to change.
-    """
-    held = machine.memory_gib * _GIB
-    beside = psutil.Process().memory_info().rss if machine.accelerator == "cpu" else 0
-    needed = memory.peak + beside
-    said = f"a step needs about {needed / _GIB:.2f} GiB at its peak, profile {profile} has {machine.memory_gib:g} GiB"
-    if needed <= held:
-        return said
-    raise UsageError(f"{said}; {_remedies(recipe, memory, int(held) - beside)}")
-
-
-def _remedies(recipe: Any, memory: Memory, held: int) -> str:
-    """Return what would make a step smaller; what a batch takes grows with the number of its windows."""
-    a_window = memory.activations / recipe.train.batch_size
-    fitting = int((held - memory.peak + memory.activations) / a_window)
-    ways = [f"--set train.batch_size={fitting} would fit"] if 0 < fitting < recipe.train.batch_size else []
-    ways += [] if recipe.train.gradient_checkpointing else ["--set train.gradient_checkpointing=true takes less"]
-    if getattr(recipe, "quantization", None) == "none" and recipe.tune.mode != "full":
-        ways.append("--set quantization=nf4 takes less")
-    if recipe.tune.mode == "full":
-        ways.append("--set tune.mode=lora takes less")
-        ways += [] if "8bit" in recipe.train.optimizer else ["--set train.optimizer=adamw_8bit takes less"]
-    return ", or ".join(ways) or "make a smaller --canvas or --window at etl"
 
 
 def _larger_moment(living: "Living", model: nn.Module, recipe: Any) -> Memory:

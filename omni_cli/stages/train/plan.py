@@ -7,19 +7,24 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from omni_cli.errors import DataError, UsageError
 from omni_cli.recipe import ModelSize, TrainSettings
 from omni_cli.report import Console
 from omni_cli.stages import disk, locate, runs
 from omni_cli.stages.checkpoints import read_history
 from omni_cli.stages.fitting import short
-from omni_cli.stages.train.forecast import Memory, check_fits, forecast
+from omni_cli.stages.train.cut_forecast import CutMemory, forecast_cut
+from omni_cli.stages.train.fits import check_fits, check_gpu
+from omni_cli.stages.train.forecast import Memory, forecast
 from omni_cli.stages.train.ranks import with_share
 from omni_cli.stages.train.request import TrainRequest
 from omni_cli.stages.train.shards import chosen_shards
 from omni_cli.stages.train.telemetry import read_telemetry
 
 _OF_A_STEP = ("batch_size", "accumulation", "optimizer", "gradient_checkpointing")
+_NOT_EVERYWHERE = {"blind": False, "sharding": "none", "compile": False}  # of a step; of a run that does not know them
 _OF_A_SAVE = ("validation_windows", "publish")
 
 
@@ -48,7 +53,7 @@ def dry_run(recipe: Any, request: TrainRequest, console: Console, processes: int
         **({"notes": size.notes} if size.notes else {}),
     }
     machine, shared = request.machine, with_share(recipe, processes)
-    memory = forecast(shared, preprocess, on_gpu=machine is not None and machine.accelerator != "cpu")
+    memory = _foreseen(shared, processes, on_gpu=machine is not None and machine.accelerator != "cpu")
     facts |= {"processes": processes} if processes > 1 else {}
     facts |= _planned_memory(size, shared, memory)
     facts |= _planned_steps(recipe, request, console)
@@ -60,29 +65,55 @@ def dry_run(recipe: Any, request: TrainRequest, console: Console, processes: int
     return {"dry_run": True, **facts}
 
 
-def check_memory(recipe: Any, request: TrainRequest, console: Console) -> None:
-    """Refuse what the accelerator of a profile cannot hold, before an hour of etl and minutes of loading.
+def check_memory(recipe: Any, request: TrainRequest, console: Console, processes: int = 1) -> None:
+    """Refuse what the accelerator of a profile, or the GPU that is here, cannot hold.
 
-    On a CPU nothing is foreseen: a tiny model fits, and to walk through a step takes as long as a few real ones.
+    That is before an hour of etl and minutes of loading. On a CPU nothing is foreseen: a tiny model fits, and to walk
+    through a step takes as long as a few real ones.
+
+    Args:
+        recipe: what learns, and how; its step is the share of one process.
+        request: of the user.
+        console: told of it.
+        processes: that train it.
 
     Raises:
-        UsageError: a step needs more memory than the profile's machine has.
+        UsageError: a step needs more memory than the profile's machine or the GPU has.
     """
-    if request.machine is None or request.machine.accelerator == "cpu":
+    machine, is_gpu_here = request.machine, torch.cuda.is_available()
+    if machine is None or (machine.accelerator == "cpu" and not is_gpu_here):
         return
-    memory = forecast(recipe, recipe.preprocess(), on_gpu=True)
-    if memory is not None:
-        console.say(check_fits(recipe, memory, request.machine, request.profile))
-
-
-def _planned_memory(size: ModelSize, recipe: Any, memory: Memory | None) -> dict[str, Any]:
-    """Return the peak of a step and what it is made of; of a recipe that cannot foresee it, what is there without."""
+    memory = _foreseen(recipe, processes, on_gpu=True)
     if memory is None:
-        kept = disk.optimizer_bytes(size, recipe.train.optimizer)
-        return {"memory_without_activations_gib": _gib(size.weight_bytes + size.learning * 4 + kept)}
-    parts = {name: _gib(getattr(memory, name)) for name in ("weights", "gradients", "optimizer", "activations")}
-    tokens = {"tokens_per_sample": memory.tokens // recipe.train.batch_size} if memory.tokens else {}
-    return {**tokens, "memory_gib": {"peak": _gib(memory.peak), **parts}}
+        return
+    if machine.accelerator != "cpu":
+        console.say(check_fits(recipe, memory, machine, request.profile))
+    if is_gpu_here:
+        check_gpu(recipe, memory, machine, console)
+
+
+def _foreseen(recipe: Any, processes: int, *, on_gpu: bool) -> Memory | CutMemory | None:
+    """Return what a step takes on one process: at its peak, or at least where the model is cut; None: not known."""
+    preprocess = recipe.preprocess()
+    return forecast_cut(recipe, preprocess, processes) or forecast(recipe, preprocess, on_gpu=on_gpu)
+
+
+def _planned_memory(size: ModelSize, recipe: Any, memory: Memory | CutMemory | None) -> dict[str, Any]:
+    """Return the peak of a step and what it is made of; of a recipe that cannot foresee it, what is there without.
+
+    Of a model that is cut it is that of all processes together, and what is sure of each.
+    """
+    names = ("weights", "gradients", "optimizer")
+    if isinstance(memory, Memory):
+        parts = {name: _gib(getattr(memory, name)) for name in (*names, "activations")}
+        tokens = {"tokens_per_sample": memory.tokens // recipe.train.batch_size} if memory.tokens else {}
+        return {**tokens, "memory_gib": {"peak": _gib(memory.peak), **parts}}
+    kept = disk.optimizer_bytes(size, recipe.train.optimizer)
+    planned: dict[str, Any] = {"memory_without_activations_gib": _gib(size.weight_bytes + size.learning * 4 + kept)}
+    if memory is not None:
+        sure = {name: _gib(getattr(memory, name)) for name in (*names, "gathered", "uncut")}
+        planned["memory_of_each_process_gib"] = {"at_least": _gib(memory.peak), **sure}
+    return planned
 
 
 def _gib(amount: float) -> float:
@@ -142,7 +173,8 @@ def _is_alike(settings: Mapping[str, Any], recipe: Any) -> bool:
     same = all(
         settings.get(name) == ours.get(name) for name in ("model", "precision", "quantization", "sample", "tune")
     )
-    return same and all(settings["train"].get(name) == ours["train"][name] for name in (*_OF_A_STEP, *_OF_A_SAVE))
+    here, there = ({**_NOT_EVERYWHERE, **each["train"]} for each in (ours, settings))
+    return same and all(there.get(name) == here[name] for name in (*_OF_A_STEP, *_NOT_EVERYWHERE, *_OF_A_SAVE))
 
 
 def _processes(folder: Path) -> set[int]:
@@ -184,6 +216,8 @@ def _readable(facts: dict[str, Any]) -> list[tuple[str, str]]:
 def _worded(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
+    if isinstance(value, tuple):  # of sentences
+        return "; ".join(map(str, value))
     if isinstance(value, dict):
         return ", ".join(f"{name} {one}" for name, one in value.items())
     return f"{value:,}" if isinstance(value, int) else short(value)

@@ -26,7 +26,9 @@ from omni_cli.stages.train.report import reported
 from omni_cli.stages.train.reporters import check_reporters
 from omni_cli.stages.train.request import TrainRequest
 from omni_cli.stages.train.roll_back import roll_backs
+from omni_cli.stages.train.sharding import check_sharding
 from omni_cli.stages.train.shards import check_rows, find_shards
+from omni_cli.stages.train.shortage import Shortage
 from omni_cli.stages.train.trainer import check_optimizer_name, check_runnable
 from omni_cli.stages.train.validation import LOSS, SPLIT, publish_best, save_weights
 
@@ -80,6 +82,7 @@ def _named_folder(recipe: Any, request: TrainRequest) -> Path:
 
 def _planned(recipe: Any, request: TrainRequest, console: Console, ranks: Ranks) -> dict[str, Any]:
     _named_folder(recipe, request)
+    check_sharding(recipe, ranks.count)
     if ranks.count > 1:  # the processes are those that would train; one may plan for another machine
         check_runnable(recipe, ranks)
     return dry_run(recipe, request, console, ranks.count)
@@ -90,7 +93,8 @@ def _prepared(recipe: Any, request: TrainRequest, console: Console, ranks: Ranks
     folder = _named_folder(recipe, request)
     runs.check_ours(folder, fresh=request.fresh)
     check_runnable(recipe, ranks)  # before an hour of etl
-    check_memory(with_share(recipe, ranks.count), request, console)
+    if request.fresh or folder not in locate.finished_runs(request.runs):
+        check_memory(with_share(recipe, ranks.count), request, console, ranks.count)
     shards = find_shards(recipe, request, console)
     console.say(f"shards {shards.folder}: {counted(shards.manifest.count('train'), 'window')} to train on")
     recipe = as_cut(recipe, shards, console, request.asked)
@@ -154,7 +158,7 @@ def _finish(
 ) -> None:
     """Train to the end and publish the weights."""
     fitted = fit(run, recipe, dataset, dataset.preprocess, console, report_to=report_to, ranks=ranks)
-    with ranks.alike():
+    with ranks.alike(), Shortage(run, recipe, ranks).told(lambda: "as the trained weights were written"):
         published = _publish(run, recipe, fitted, ranks)
     facts = fitted.facts
     console.say(f"run {run.folder}: {facts['steps']} steps, loss {facts['loss']:.4f}, weights in {run.final}")
