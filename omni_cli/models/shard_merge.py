@@ -58,7 +58,7 @@ class ShardMerge:
         adapter: folder that PEFT wrote.
         files: the names of those with weights.
         changes: by the name that a tensor has in its file.
-        types: of the tensors that change.
+        types: of the tensors that change, by the names that the model has for them.
         total_bytes: of all tensors.
     """
 
@@ -66,7 +66,7 @@ class ShardMerge:
     adapter: Path
     files: tuple[str, ...]
     changes: Mapping[str, Change]
-    types: frozenset[torch.dtype]
+    types: Mapping[str, torch.dtype]
     total_bytes: int
 
     def write(self, folder: Path, advance: Callable[[int], None]) -> dict[str, str]:
@@ -122,7 +122,7 @@ def plan(base: Path, adapter: Path) -> ShardMerge:
         adapter=adapter,
         files=names,
         changes={places[0].name: wanted[name] for name, places in found.items()},
-        types=frozenset(_TYPES[places[0].type] for places in found.values()),
+        types={name: _TYPES[places[0].type] for name, places in found.items()},
         total_bytes=sum(stored.size for stored in tensors),
     )
 
@@ -146,14 +146,15 @@ def model_names(model: PreTrainedModel, stored: Sequence[str]) -> dict[str, str 
     return result
 
 
-def merged_weights(adapted: nn.Module) -> list[nn.Parameter]:
-    """Return the weights of an adapted model that PEFT's merge changes, or puts in the place of the base's."""
-    weights: list[nn.Parameter] = []
-    for module in adapted.modules():
+def merged_weights(adapted: Any) -> dict[str, nn.Parameter]:
+    """Return the weights that PEFT's merge changes, or puts in the place of the base's, by the base's own names."""
+    weights: dict[str, nn.Parameter] = {}
+    for name, module in adapted.base_model.model.named_modules():
         if isinstance(module, LoraLayer):
-            weights.append(module.get_base_layer().weight)
+            weights[f"{name}.weight"] = module.get_base_layer().weight
         elif isinstance(module, ModulesToSaveWrapper):
-            weights += module.modules_to_save["default"].parameters()
+            learned = module.modules_to_save["default"].named_parameters()
+            weights |= {f"{name}.{key}": weight for key, weight in learned}
     return weights
 
 

@@ -14,8 +14,8 @@ class FileMerge(Protocol):
     """A merge of an adapter into the files of its base, one tensor at a time."""
 
     @property
-    def types(self) -> frozenset[torch.dtype]:
-        """Of the tensors that it changes: they are rounded to them once."""
+    def types(self) -> Mapping[str, torch.dtype]:
+        """Of the tensors that it changes, by the model's names of them: each is rounded to its own once."""
 
     @property
     def total_bytes(self) -> int:

@@ -24,6 +24,7 @@ from omni_cli.report import Console, Step
 from omni_cli.stages import models, parity, runs
 from omni_cli.stages.cards import README, Published, card_text, put_card
 from omni_cli.stages.disk import check_room
+from omni_cli.stages.divergence import Expected, divergences
 from omni_cli.stages.memory import GIB, warn_of_more
 
 MERGED = "merged"
@@ -105,9 +106,7 @@ def _in_mib(bar: Step) -> Callable[[int], None]:
     return advance
 
 
-def _from_what_learned(
-    recipe: MergeableByFile, run: runs.Run, expected: parity.Expected, merged: Sequence[Tensor]
-) -> str:
+def _from_what_learned(recipe: MergeableByFile, run: runs.Run, expected: Expected, merged: Sequence[Tensor]) -> str:
     """Return one line on how far the merged model is from the one that learned, whose base was quantised."""
     what = f"the model that learned ({recipe.quantization})"
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -116,7 +115,7 @@ def _from_what_learned(
         learned = parity.learned_logits(recipe, run, expected.rows)
     except OmniError as error:
         return f"{what} was not compared: {error}"
-    return f"{what} is {fmean(parity.divergences(learned, merged)):.1e} nats a token from the merged one"
+    return f"{what} is {fmean(divergences(learned, merged)):.1e} nats a token from the merged one"
 
 
 def _merge_whole(folder: Path, recipe: Mergeable, run: runs.Run, console: Console) -> parity.Parity:
