@@ -13,6 +13,7 @@ from transformers import set_seed
 from omni_cli.models import flops
 from omni_cli.models.qwen_vl import base_of, tower_is_frozen
 from omni_cli.recipes.vlm import Vlm
+from omni_cli.recipes.vlm.settings import VlmTune
 from omni_cli.report import Console
 from omni_cli.stages import resident
 from omni_cli.stages.bench import BenchRequest, bench
@@ -56,6 +57,25 @@ def test_stock_trl_learns_the_same_from_the_same_rows(data, tmp_path, family, mo
     rates = lines["step"]["per_second"]
     assert ratios["MFU"] == pytest.approx(rates["GFLOP of the model"] / part["peak_gigaflops_per_s"])
     assert part["peak"].startswith("measured in this run") or torch.cuda.is_available()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="accelerate is told bf16 there")
+@pytest.mark.parametrize(("family", "freeze"), [("qwen3_vl", ("vision",)), ("qwen2_5_vl", ())])
+def test_both_compute_in_16_bits_where_what_learns_is_held_in_float32(data, tmp_path, monkeypatch, family, freeze):
+    """As TRL's own default has it on a CPU; a frozen tower of 16 bits takes nothing else."""
+    computed, product = [], torch.nn.functional.linear
+
+    def noted(*given):
+        result = product(*given)
+        if len(result) == 1 or result.ndim == 3:  # of the language model: ours packs its rows, stock pads them
+            computed.append(result.dtype)
+        return result
+
+    monkeypatch.setattr(torch.nn.functional, "linear", noted)
+    recipe = tiny_recipe(family, cameras="1-cam", precision="bfloat16", tune=VlmTune(mode="full", freeze=freeze))
+    part = bench(recipe, BenchRequest("train", data / family, tmp_path, "test", repeats=1), QUIET)["parts"]["train"]
+    assert set(computed) == {torch.bfloat16}
+    assert part["largest_relative_loss_difference"] < 0.03  # an order of summing in 16 bits, through three steps
 
 
 def test_ours_is_measured_alone_where_memory_has_no_room_for_both(data, tmp_path):
