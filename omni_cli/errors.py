@@ -21,6 +21,7 @@ _REMEDIES = {
     errno.ENOSPC: "free the disk and run the same command again",
     errno.EDQUOT: "free some of your quota and run the same command again",
     errno.EMFILE: "allow more of them with ulimit -n and run the same command again",
+    errno.ENAMETOOLONG: "a name there is too long for this machine; give a shorter one",
     errno.EIO: "the disk failed; choose another folder, or mend it and run the same command again",
 }
 

@@ -123,3 +123,11 @@ def test_damaged_data_is_refused_by_name(damage, reason, raw, capsys):
     assert not (raw.parent / "shards" / "manifest.json").exists()
     assert run(["audit", "raw", "--deep", "--json"]) == 3
     assert CLIP in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", ["train --dry-run", "bench train"])
+def test_a_name_that_no_file_can_have_is_one_line(verb, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, said = said_by(f"{verb} --profile cpu-tiny --set model={'a' * 400}", capsys)
+    assert code == 1
+    assert said.endswith("aaa: file name too long; a name there is too long for this machine; give a shorter one\n")
