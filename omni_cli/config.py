@@ -9,10 +9,10 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import tomli
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -29,6 +29,10 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
+    def unheeded(self) -> Mapping[str, str]:
+        """Return the settings that others leave without effect: why, and what to do, as words after their name."""
+        return {}
+
 
 S = TypeVar("S", bound=Settings)
 
@@ -39,6 +43,15 @@ class Layer:
 
     origin: str
     table: Mapping[str, Any]
+    has_commas: bool = False  # a text may stand for a list: `A,B`
+
+    def without(self, keys: Container[str]) -> "Layer":
+        """Return it without some dotted keys."""
+        table: dict[str, Any] = {}
+        for path, value in _leaves(self.table):
+            if ".".join(path) not in keys:
+                _assign(table, path, value)
+        return replace(self, table=table)
 
 
 @dataclass(frozen=True)
@@ -72,7 +85,7 @@ def read_layer(path: Path) -> Layer:
 
 
 def override_layer(assignments: Sequence[str]) -> Layer:
-    """Turn `--set a.b=1` arguments into a layer; the right side is TOML, or else plain text.
+    """Turn `--set a.b=1` arguments into a layer; the right side is TOML, or else plain text, `A,B` for a list of words.
 
     Raises:
         UsageError: an argument has no `=`.
@@ -87,7 +100,7 @@ def override_layer(assignments: Sequence[str]) -> Layer:
         except tomli.TOMLDecodeError:
             value = raw
         _assign(table, key.strip().split("."), value)
-    return Layer("--set", table)
+    return Layer("--set", table, has_commas=True)
 
 
 def resolve(schema: type[S], layers: Sequence[Layer]) -> Resolved[S]:
@@ -99,13 +112,23 @@ def resolve(schema: type[S], layers: Sequence[Layer]) -> Resolved[S]:
     merged: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for layer in layers:
-        for path, value in _leaves(layer.table, schema):
-            _assign(merged, path, value)
+        for path, value in _leaves(layer.table):
+            is_list = layer.has_commas and isinstance(value, str) and _takes_words(schema, path)
+            _assign(merged, path, comma_list(value) if is_list else value)
             origins[".".join(path)] = layer.origin
     try:
         return Resolved(schema.model_validate(_lists_to_tuples(merged)), origins)
     except ValidationError as error:
         raise UsageError(_explain(schema, error.errors()[0], origins)) from None
+
+
+def unheeded(settings: Settings, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield every dotted key that other settings leave without effect, with the words that `Settings.unheeded` has."""
+    for name, why in settings.unheeded().items():
+        yield f"{prefix}{name}", why
+    for name, value in settings:
+        if isinstance(value, Settings):
+            yield from unheeded(value, f"{prefix}{name}.")
 
 
 def read_document(path: Path, schema: type[S], what: str) -> S:
@@ -161,12 +184,10 @@ def _assign(table: dict[str, Any], path: Sequence[str], value: Any) -> None:
     table[path[-1]] = value
 
 
-def _leaves(
-    table: Mapping[str, Any], schema: Any, prefix: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _leaves(table: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     for key, value in table.items():
         if isinstance(value, Mapping) and value:
-            yield from _leaves(value, schema, (*prefix, key))
+            yield from _leaves(value, (*prefix, key))
         else:
             yield (*prefix, key), value
 
@@ -221,7 +242,9 @@ def _explain(schema: type[Settings], error: ErrorDetails, origins: Mapping[str, 
 
 
 def _meant(error: ErrorDetails) -> str:
-    """Return which of some words was meant, where a value is near one of them."""
+    """Return how a list is written, or which of some words was meant, where a value is near one of them."""
+    if error["type"] == "tuple_type":
+        return """, such as ["A", "B"]; in --set A,B does too"""
     if error["type"] != "literal_error":
         return ""
     known = re.findall(r"'([^']*)'", str(error.get("ctx", {}).get("expected", "")))
@@ -250,6 +273,18 @@ def _fields(schema: type[Settings], path: Sequence[str]) -> list[str]:
     for name in path:
         current = _table_type(current.model_fields[name].annotation)
     return [field.alias or name for name, field in current.model_fields.items()]
+
+
+def _takes_words(schema: Any, path: Sequence[str]) -> bool:
+    """Say whether the setting at `path` of a schema is a list of texts, of any or of named ones."""
+    *tables, name = path
+    for table in tables:
+        schema = _table_type(schema.model_fields[table].annotation) if table in schema.model_fields else None
+        if schema is None:
+            return False
+    annotation = schema.model_fields[name].annotation if name in schema.model_fields else None
+    item = typing.get_args(annotation)[0] if typing.get_origin(annotation) is tuple else None
+    return item is str or (typing.get_origin(item) is Literal and isinstance(typing.get_args(item)[0], str))
 
 
 def _paths(schema: Any, prefix: str = "") -> Iterator[str]:

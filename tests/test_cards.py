@@ -127,6 +127,29 @@ def test_the_card_says_what_the_labels_are_of(labels, does):
     assert FORMATS[labels].question in about.asked
 
 
+DORA, TOWER = "vLLM does not serve DoRA adapters", "vLLM passed over adapters on the vision tower"
+
+
+@pytest.mark.parametrize(
+    ("tune", "told"),
+    [
+        ({}, ()),
+        ({"mode": "dora"}, (DORA,)),
+        ({"vision_targets": ("qkv",)}, (TOWER,)),
+        ({"mode": "dora", "vision_targets": ("qkv",)}, (DORA, TOWER)),
+    ],
+)
+def test_the_card_of_an_adapter_says_what_vllm_does_not_take(adapted, tune, told):
+    """pain 16: it is merged first."""
+    recipe = adapted.recipe.model_copy(update={"tune": adapted.recipe.tune.model_copy(update=tune)})
+    card = card_text(recipe, adapted.run, Published("adapter"))
+    assert tuple(sentence for sentence in (DORA, TOWER) if sentence in card) == told
+    assert ("With vLLM:" in card) == ("omni merge RUN\nomni export RUN --format hf\n" in card) == bool(told)
+    assert "With transformers:\n\n```python\n" in card
+    whole = card_text(recipe, adapted.run, Published("hf"))
+    assert not [sentence for sentence in (DORA, TOWER, "omni merge") if sentence in whole]
+
+
 def test_nothing_of_this_machine_is_published(made, tmp_path):
     exported(made)
     folder = made.run.folder / "export" / "hf"

@@ -32,6 +32,8 @@ class Train(Settings):
     learning_rate: float = 1e-4
     lora: Lora = Lora()
     note: str | None = None
+    parts: tuple[Literal["tower", "merger"], ...] = ()
+    sizes: tuple[int, ...] = ()
 
 
 def test_later_layers_win_and_origins_are_kept():
@@ -51,7 +53,7 @@ def test_later_layers_win_and_origins_are_kept():
     [
         ("lora.rnak=4", "--set: unknown key lora.rnak; did you mean 'rank'?"),
         ("rank=4", "--set: unknown key rank; did you mean 'lora.rank'?"),
-        ("zzz=4", "--set: unknown key zzz; known: dtype, learning_rate, lora, note"),
+        ("zzz=4", "--set: unknown key zzz; known: dtype, learning_rate, lora, note, parts, sizes"),
         ("lora.rank=four", "--set: lora.rank = 'four': input should be a valid integer"),
         ("lora.rank=4.5", "--set: lora.rank = 4.5: input should be a valid integer"),
         ("dtype=fp8", "--set: dtype = 'fp8': input should be 'bfloat16' or 'float32'"),
@@ -59,6 +61,12 @@ def test_later_layers_win_and_origins_are_kept():
         ("learning_rate=nan", "--set: learning_rate = nan: input should be a finite number"),
         ("lora=3", "--set: lora = 3: input should be a valid dictionary"),
         ("lora.rank", "--set lora.rank: expected KEY=VALUE"),
+        ("parts=towr,merger", "--set: parts.0 = 'towr': input should be 'tower' or 'merger'; did you mean 'tower'?"),
+        ("parts=3", """--set: parts = 3: input should be a valid tuple, such as ["A", "B"]; in --set A,B does too"""),
+        ("sizes=1,2", "--set: sizes = '1,2': input should be a valid tuple"),
+        ("lora.tragets=q_proj", "--set: unknown key lora.tragets; did you mean 'targets'?"),
+        ("laro.targets=q_proj", "--set: unknown key laro; known: dtype, learning_rate, lora, "),
+        ("dtype.targets=q_proj", "--set: dtype: input should be 'bfloat16' or 'float32'"),
     ],
 )
 @pytest.mark.fault("F25")
@@ -67,6 +75,28 @@ def test_a_wrong_setting_is_one_line(assignment, message):
         resolve(Train, [override_layer([assignment])])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("lora.targets=q_proj", ("q_proj",)),
+        ("lora.targets=q_proj, v_proj", ("q_proj", "v_proj")),
+        ('lora.targets="q_proj,v_proj"', ("q_proj", "v_proj")),
+        ('lora.targets=["q_proj", "v_proj"]', ("q_proj", "v_proj")),
+        ("lora.targets=", ()),
+        ("lora.targets=[]", ()),
+    ],
+)
+def test_a_list_of_words_may_be_typed_with_commas(assignment, expected):
+    assert resolve(Train, [override_layer([assignment])]).value.lora.targets == expected
+
+
+def test_commas_stand_for_a_list_where_a_list_is_wanted_and_in_typed_words_alone():
+    found = resolve(Train, [override_layer(["parts=tower,merger", "note=a,b"])]).value
+    assert (found.parts, found.note) == (("tower", "merger"), "a,b")
+    with pytest.raises(UsageError, match=r"run.toml: lora.targets = 'q_proj': input should be a valid tuple, such as"):
+        resolve(Train, [Layer("run.toml", {"lora": {"targets": "q_proj"}})])
 
 
 @pytest.mark.fault("F25")

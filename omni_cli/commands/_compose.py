@@ -1,10 +1,11 @@
 """From what the user typed to a profile and a recipe's settings; the heavy imports happen here, when a verb runs."""
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omni_cli.config import Layer, Resolved, Settings, override_layer, read_layer, resolve
+from omni_cli.config import Layer, Resolved, Settings, override_layer, read_layer, resolve, unheeded
 from omni_cli.errors import UsageError
 from omni_cli.files import read_json
 from omni_cli.formats.physical_ai_av import expand_cameras
@@ -66,16 +67,39 @@ def compose_recipe(
         is_to_measure: nothing is kept of what the recipe does; the weights of its model may be random.
 
     Raises:
-        UsageError: an unknown recipe, key, type or value, in one line; or a model of random weights, to be used.
+        UsageError: an unknown recipe, key, type or value, in one line; one that has no effect; or a model of random
+            weights, to be used.
     """
-    schema = recipe_class(recipe_name)
-    layers = [profile.recipe_layer(recipe_name)]
-    layers += [_without(PIPELINE_TABLES, read_layer(config))] if config else []
-    layers += [_flag_layer(option, value) for option, value in (flags or {}).items() if value is not None]
-    resolved: Resolved[Any] = resolve(schema, [*layers, override_layer(sets or [])])
+    schema, beneath = recipe_class(recipe_name), profile.recipe_layer(recipe_name)
+    typed = [_without(PIPELINE_TABLES, read_layer(config))] if config else []
+    typed += [_flag_layer(option, value) for option, value in (flags or {}).items() if value is not None]
+    typed += [override_layer(sets or [])]
+    resolved: Resolved[Any] = resolve(schema, [beneath, *typed])
+    _check_heeded(resolved, beneath, typed, config)
     if not is_to_measure:
         check_usable(resolved.value.model)
     return resolved
+
+
+def _check_heeded(resolved: Resolved[Any], beneath: Layer, typed: Sequence[Layer], config: Path | None) -> None:
+    """Refuse what the user typed and nothing heeds: an adapter's rank in full tuning would look obeyed.
+
+    Args:
+        resolved: the settings.
+        beneath: the profile's layer, which serves several ways of training and may hold what one of them passes over.
+        typed: the user's layers.
+        config: the user's file. It may repeat what stands without it, as a run's config.toml does.
+
+    Raises:
+        UsageError: a setting has no effect.
+    """
+    origins = {layer.origin for layer in typed}
+    idle = {key: why for key, why in unheeded(resolved.value) if resolved.origin_of(key) in origins}
+    bare = resolve(type(resolved.value), [beneath, *(layer.without(idle) for layer in typed)]).value if idle else None
+    for key, why in idle.items():
+        value, origin = attrgetter(key), resolved.origin_of(key)
+        if origin != str(config) or value(bare) != value(resolved.value):
+            raise UsageError(f"{origin}: {key} {why}")
 
 
 def typed_keys(resolved: Resolved[Any], profile: Profile) -> frozenset[str]:

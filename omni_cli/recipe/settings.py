@@ -1,6 +1,7 @@
 """What every recipe lets its user set; a recipe adds what else it needs."""
 
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -49,6 +50,15 @@ class TuneSettings(Settings):
     targets: tuple[str, ...] = ()  # layers that get an adapter
     rank_stabilised: bool = False  # rsLoRA: adapters are scaled by alpha / sqrt(rank) instead of alpha / rank
 
+    of_full: ClassVar[frozenset[str]] = frozenset({"mode"})  # what full tuning heeds of this table
+
+    def unheeded(self) -> Mapping[str, str]:
+        """In full tuning: all that tells of adapters."""
+        if self.mode != "full":
+            return {}
+        why = "is for adapters, and tune.mode is full; say --set tune.mode=lora, or leave it out"
+        return {name: why for name in type(self).model_fields if name not in self.of_full}
+
 
 class TrainSettings(Settings):
     """The optimiser's schedule and the run's habits."""
@@ -77,6 +87,13 @@ class TrainSettings(Settings):
     validation_windows: int = Field(64, ge=0)  # of the val split, whose loss is measured at every checkpoint; 0: none
     publish: Literal["last", "best"] = "last"  # weights that become the run's: best by the loss on the val split
     sharding: Literal["none", "fsdp2"] = "none"  # fsdp2: in full tuning each rank of torchrun holds a part of the model
+
+    def unheeded(self) -> Mapping[str, str]:
+        """Where steps are counted: for how many epochs."""
+        if self.max_steps < 0:
+            return {}
+        counted = f"train.max_steps is {self.max_steps}"
+        return {"epochs": f"has no effect where {counted}; say --set train.max_steps=-1 too, or leave it out"}
 
     @field_validator("max_steps")
     @classmethod

@@ -138,6 +138,7 @@ class Loading:
     title: str
     language: str  # python or bash
     code: str
+    told: str = ""  # before the code, in Markdown
 
 
 @dataclass(frozen=True)

@@ -290,7 +290,12 @@ def _parity(parity: Mapping[str, Any]) -> str:
 
 
 def _loading(about: About) -> str:
-    return "\n\n".join(f"With {one.title}:\n\n{_fenced(one.code, one.language)}" for one in about.loading)
+    return "\n\n".join(
+        part
+        for one in about.loading
+        for part in (f"With {one.title}:", one.told, _fenced(one.code, one.language))
+        if part
+    )
 
 
 def _bullets(lines: Iterable[str]) -> str:

@@ -71,6 +71,11 @@ class Distill(Settings):
     tune: DistillTune = DistillTune()
     train: DistillTrain = DistillTrain()
 
+    def unheeded(self) -> Mapping[str, str]:
+        """Of a student that is named: its shape, which its folder says."""
+        why = f"has no effect where model = {self.model}, a student that has its own; leave it out"
+        return dict.fromkeys(("hypotheses", "hidden"), why) if self._is_student else {}
+
     # -- Sampled
 
     def preprocess(self) -> ModelFramePreprocess:

@@ -324,7 +324,7 @@ class Vlm(Settings):
 
     def about(self, preprocess: TiledPreprocess, form: str, source: str) -> About:
         """Return what a model card tells of its models."""
-        return about_vlm(preprocess, self.model, form, source)
+        return about_vlm(preprocess, self.model, self.tune, form, source)
 
     # -- Exportable
 

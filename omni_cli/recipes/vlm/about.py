@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from omni_cli.models import families
 from omni_cli.recipe import About, Loading
 from omni_cli.recipes.vlm.onnx_example import by_onnxruntime
+from omni_cli.recipes.vlm.settings import VlmTune
 from omni_cli.samples import prompts
 from omni_cli.samples.answer_formats import FORMATS
 from omni_cli.samples.tiling import Labels, TiledPreprocess
@@ -75,14 +76,26 @@ _GENERATE = """
 said = model.generate(**inputs)
 print(processor.batch_decode(said[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0])
 """
+# Issues of vllm-project/vllm, as the project's facts have them (vlm-finetuning.md, pain 16).
+_NO_DORA = "vLLM does not serve DoRA adapters (vllm-project/vllm#10849)."
+_NO_TOWER = (
+    "vLLM passed over adapters on the vision tower with no more than a warning (vllm-project/vllm#23796 and #27916); "
+    "since about 0.14 it has `--enable-tower-connector-lora`."
+)
+_MERGE_FIRST = "Fold this one into its base where its run is, and serve the whole model, whose card says how:"
+_MERGE = """\
+omni merge RUN
+omni export RUN --format hf
+"""
 
 
-def about_vlm(preprocess: TiledPreprocess, model: str, form: str, source: str) -> About:
+def about_vlm(preprocess: TiledPreprocess, model: str, tune: VlmTune, form: str, source: str) -> About:
     """Return what is told of a model of the recipe `vlm`.
 
     Args:
         preprocess: of the model.
         model: its base, as the settings name it.
+        tune: what of it learned.
         form: of the folder.
         source: the folder, or its name on a hub.
     """
@@ -97,7 +110,7 @@ def about_vlm(preprocess: TiledPreprocess, model: str, form: str, source: str) -
         library=_LIBRARIES.get(form, "transformers"),
         asked=prompts.render_question(preprocess, _EXAMPLE_SPEED_MPS),
         answered=answer.render(answer.zero),
-        loading=_loading(preprocess, (base or "BASE", revision), form, source),
+        loading=_loading(preprocess, (base or "BASE", revision), form, source) + _served(tune, form),
     )
 
 
@@ -119,6 +132,15 @@ def _loading(preprocess: TiledPreprocess, base: tuple[str, str | None], form: st
     if form == "adapter":
         return (theirs,)
     return ours, theirs, Loading("vLLM", "bash", _with_vllm(preprocess, source))
+
+
+def _served(tune: VlmTune, form: str) -> tuple[Loading, ...]:
+    """Return how an adapter is served where something is known against serving it as it is."""
+    known = {_NO_DORA: tune.mode == "dora", _NO_TOWER: bool(tune.vision_targets)}
+    told = [sentence for sentence, is_so in known.items() if is_so]
+    if form != "adapter" or not told:
+        return ()
+    return (Loading("vLLM", "bash", _MERGE, " ".join([*told, _MERGE_FIRST])),)
 
 
 def _with_omni(preprocess: TiledPreprocess, source: str) -> str:

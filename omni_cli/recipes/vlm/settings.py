@@ -1,5 +1,7 @@
 """What a user can set of the `vlm` recipe beyond what every recipe has."""
 
+from typing import ClassVar
+
 from pydantic import Field, ValidationInfo, field_validator
 
 from omni_cli.formats.video import Decoder
@@ -29,6 +31,8 @@ class VlmTune(TuneSettings):
     vision_targets: tuple[str, ...] = ()  # layers of the vision tower that get an adapter too, such as qkv
     train_merger: bool = False  # beside an adapter, what joins vision tower and language model learns in full
     freeze: tuple[Part, ...] = ()  # in full tuning: vision, merger, language
+
+    of_full: ClassVar[frozenset[str]] = frozenset({"mode", "freeze"})
 
     @field_validator("freeze")
     @classmethod
