@@ -9,6 +9,23 @@ from omni_cli.commands._options import RUNS, Json, ProfileName, Quiet, Runs
 
 EXAMPLE = "omni eval --split val"
 
+Controls = Annotated[
+    str,
+    typer.Option(
+        metavar="all|basic|none",
+        help="Show other pictures, the first frame alone (basic), and shuffled cameras and frames (all). Each asks "
+        "about every window once more.",
+    ),
+]
+Samples = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        metavar="K",
+        help="Also draw K answers of each window and score the best: minADE_K. Each asks about every window again.",
+    ),
+]
+
 
 def command(
     *,
@@ -31,22 +48,8 @@ def command(
         typer.Option("--shards", metavar="DIR", help="Windows to measure on. [default: those of what it learned from]"),
     ] = None,
     blind: Annotated[bool, typer.Option(help="Train a twin that sees nothing, as a control.")] = True,
-    controls: Annotated[
-        str,
-        typer.Option(
-            metavar="all|basic|none",
-            help="Show other pictures, the first frame alone (basic), and shuffled cameras and frames (all). Each asks "
-            "about every window once more.",
-        ),
-    ] = "all",
-    samples: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            metavar="K",
-            help="Also draw K answers of each window and score the best: minADE_K. Each asks about every window again.",
-        ),
-    ] = 0,
+    controls: Controls = "all",
+    samples: Samples = 0,
     temperature: Annotated[float, typer.Option(min=0.01, help="At which they are drawn.")] = 1.0,
     constrained: Annotated[
         bool, typer.Option("--constrained", help="Hold answers to their format, and count what was forced.")
