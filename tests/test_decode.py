@@ -233,6 +233,7 @@ for path in (short, long):
 
 @pytest.mark.parametrize("kind", ["tiled", "model frames"])
 def test_the_memory_of_a_worker_does_not_grow_with_the_length_of_a_drive(tmp_path, kind):
+    """Pain 7."""
     paths = [tmp_path / f"{seconds}.mp4" for seconds in (12, 48)]
     for path in paths:
         path.write_bytes(clip(float(path.stem)))

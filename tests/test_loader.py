@@ -293,6 +293,7 @@ def test_pictures_cross_to_the_device_as_uint8_and_are_made_numbers_there(cut, n
 
 
 def test_the_workers_of_training_come_from_a_forkserver_and_read_the_same_batches(cut, tmp_path):
+    """Pain 7: a decoder that was forked may hang."""
     recipe, shards = cut["distill"]
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"workers": 1})})
     dataset = WindowDataset(shards, "train")

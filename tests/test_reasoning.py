@@ -117,6 +117,7 @@ def test_a_recording_without_a_text_gives_no_window_and_is_not_refused(driven):
     ],
 )
 def test_what_could_break_the_chat_or_hide_is_refused(text):
+    """Pain 1: a label that holds a picture's placeholder is none."""
     assert text_refusal(plain_text(text), CLIP) in {reasoning.SPECIAL, reasoning.CONTROL}
 
 

@@ -215,6 +215,7 @@ def test_shards_that_do_not_fit_are_refused_with_the_right_command(tmp_path, sha
 
 
 def test_a_sample_that_is_too_long_is_refused_never_cut(tmp_path, shards) -> None:
+    """Pain 1: a cut would run through the placeholders of pictures."""
     recipe = tiny_recipe(train=VlmTrain(max_tokens=20, gradient_checkpointing=False))
     with pytest.raises(DataError, match=r"a sample has \d+ tokens, more than train.max_tokens = 20"):
         train(recipe, request(shards["qwen2_5_vl"], tmp_path), QUIET)
