@@ -9,8 +9,8 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -44,14 +44,6 @@ class Layer:
     origin: str
     table: Mapping[str, Any]
     has_commas: bool = False  # a text may stand for a list: `A,B`
-
-    def without(self, keys: Container[str]) -> "Layer":
-        """Return it without some dotted keys."""
-        table: dict[str, Any] = {}
-        for path, value in _leaves(self.table):
-            if ".".join(path) not in keys:
-                _assign(table, path, value)
-        return replace(self, table=table)
 
 
 @dataclass(frozen=True)
@@ -114,7 +106,7 @@ def resolve(schema: type[S], layers: Sequence[Layer]) -> Resolved[S]:
     for layer in layers:
         for path, value in _leaves(layer.table):
             is_list = layer.has_commas and isinstance(value, str) and _takes_words(schema, path)
-            _assign(merged, path, comma_list(value) if is_list else value)
+            _assign(merged, path, (is_list and comma_list(value)) or value)
             origins[".".join(path)] = layer.origin
     try:
         return Resolved(schema.model_validate(_lists_to_tuples(merged)), origins)

@@ -149,12 +149,20 @@ def test_a_machine_without_a_compiler_is_refused_before_a_model_is_trained(monke
         compiled.compile_layers(torch.nn.Linear(2, 2))
 
 
-def test_a_program_that_cannot_be_loaded_is_one_line():
-    def half(*_):
-        raise ImportError("ab.main.so: file too short")
+@pytest.mark.parametrize("error", [ImportError("ab.main.so: file too short"), AssertionError()])
+def test_a_program_that_cannot_be_made_is_one_line(error):
+    def fail(*_):
+        raise error
 
-    said = (
-        r"^train.compile = true: a layer could not be compiled \(.*ab.main.so: file too short\); .*delete \S+ and run"
-    )
+    why = str(error) or "AssertionError"
+    said = rf"^train.compile = true: a layer could not be compiled \(.*{why}\); .*delete \S+ and run"
     with pytest.raises(compiled.CompilerFailed, match=said), compiled.in_words():
-        torch.compile(torch.sin, backend=half)(torch.zeros(2))
+        torch.compile(torch.sin, backend=fail)(torch.zeros(2))
+
+
+def test_memory_that_runs_out_while_a_layer_is_compiled_is_told_as_that():
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError), compiled.in_words():
+        torch.compile(torch.sin, backend=fail)(torch.zeros(2))

@@ -14,6 +14,7 @@ import torch
 from omni_cli.config import resolve
 from omni_cli.errors import UsageError
 from omni_cli.profiles import Machine, load_profile
+from omni_cli.recipes.distill import Distill
 from omni_cli.recipes.vlm import Vlm
 from omni_cli.recipes.vlm.settings import VlmSample, VlmTrain
 from omni_cli.report import Console
@@ -160,10 +161,18 @@ def sure(recipe, processes: int) -> CutMemory:
     return memory
 
 
-def test_a_model_that_is_to_be_cut_by_one_process_is_refused_by_its_plan_too(tmp_path):
-    request = TrainRequest(None, tmp_path, tmp_path, "r", "small", dry_run=True)
-    with pytest.raises(UsageError, match=r"fsdp2 cuts the model over the ranks of torchrun, and there is one; start"):
-        train(cut(), request, QUIET)
+def test_one_process_plans_for_several_and_says_who_knows_more(tmp_path, tight, capsys):
+    """What all hold together; how many there will be, nobody has said."""
+    request = TrainRequest(None, tmp_path, tmp_path, "r", "small", dry_run=True, machine=tight)
+    planned = train(cut(), request, Console())
+    assert planned["memory_without_activations_gib"] > 0
+    assert not {"memory_gib", "memory_of_each_process_gib"} & planned.keys()
+    assert (
+        "train.sharding = fsdp2 needs several processes, which one alone can only plan for" in capsys.readouterr().err
+    )
+    student = Distill(train={"sharding": "fsdp2"})
+    with pytest.raises(UsageError, match="a model of recipe 'distill' is not cut; leave it at none"):
+        train(student, request, QUIET)
 
 
 def test_what_each_process_holds_of_a_cut_model_is_planned_and_refused_where_it_cannot_fit(tmp_path, tight):

@@ -10,6 +10,7 @@ import torch
 
 from omni_cli.errors import OmniError
 from omni_cli.files import receipt_path
+from omni_cli.recipes.distill import Distill
 from omni_cli.recipes.vlm import Vlm
 from omni_cli.stages.checkpoints import find_start
 from omni_cli.stages.etl import EtlRequest, etl
@@ -17,6 +18,7 @@ from omni_cli.stages.memory import GIB
 from omni_cli.stages.out_of_memory import in_words
 from omni_cli.stages.runs import open_run
 from omni_cli.stages.train import TrainRequest, train
+from omni_cli.stages.train.fits import lighter, smaller_shards
 from tests.support.bad_steps import night_recipe, spoilt
 from tests.support.folders import tree
 from tests.support.pipeline import QUIET, write_synthetic
@@ -72,7 +74,7 @@ def test_a_step_without_memory_ends_in_one_line_and_training_goes_on_from_its_ch
     run_train(shards, tmp_path / "undisturbed")
     with spoilt(lambda taken, batch, made: too_large() if taken == 3 else made):
         said = run_short(shards, tmp_path)
-    sizes = r"this machine has \d+\.\d\d GiB of memory, this process held \d+\.\d\d GiB"
+    sizes = r"this machine has \d+\.\d\d GiB of memory, this process held \d+\.\d\d GiB \(.*can't allocate memory.*\)"
     line = rf"run {tmp_path}/r: memory ran out at step 3 of 4: {sizes}; {GOES_ON.format(2)}; {re.escape(LESS)}"
     assert re.fullmatch(line, said)
     run_train(shards, tmp_path)
@@ -157,10 +159,20 @@ def test_a_gpu_is_told_from_its_host(error, said, monkeypatch):
 
 @pytest.mark.parametrize("fail", [too_large, on_gpu, lambda: bytearray(1 << 60)], ids=["tensor", "gpu", "python"])
 def test_whatever_says_that_memory_ran_out_is_one_line(fail):
-    with pytest.raises(OmniError, match=r"^this machine has \d+\.\d\d GiB of memory, this process held"), in_words(str):
+    held = r"^this machine has \d+\.\d\d GiB of memory, this process held \d+\.\d\d GiB \(.*(allocate|MemoryError)"
+    with pytest.raises(OmniError, match=held) as told, in_words(str):
         fail()
+    assert isinstance(told.value.__cause__, RuntimeError | MemoryError)  # whoever looks for a bug of ours finds where
 
 
 def test_what_is_no_lack_of_memory_stays_as_it_is():
     with pytest.raises(RuntimeError, match="device-side assert"), in_words(str):
         raise RuntimeError("CUDA error: device-side assert triggered")
+
+
+def test_a_student_is_told_only_of_what_it_can_do():
+    student = Distill()
+    assert smaller_shards(student) == "make a smaller --window at etl"
+    assert lighter(student) == ["--set tune.mode=lora", "--set train.optimizer=adamw_8bit"]
+    with pytest.raises(ValueError, match="a driving net's layers cannot be recomputed; leave it at false"):
+        Distill(train={"gradient_checkpointing": True})

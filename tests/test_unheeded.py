@@ -7,7 +7,6 @@ import pytest
 
 from omni_cli.__main__ import run
 from omni_cli.commands._compose import compose_recipe
-from omni_cli.config import dump_toml
 from omni_cli.errors import UsageError
 from omni_cli.models.driving_net import new_net, save_net
 from omni_cli.profiles import load_profile
@@ -48,15 +47,15 @@ def test_a_profile_may_hold_what_another_way_of_tuning_heeds():
     assert (composed.value.tune.mode, composed.value.tune.rank) == ("full", 128)
 
 
-def test_a_file_is_refused_by_name_unless_it_repeats_what_stands_without_it(tmp_path: Path):
+def test_a_file_may_hold_what_another_way_of_tuning_heeds(tmp_path: Path):
+    """A run's config.toml lists every key: it asks for the same again, on any machine and of any age."""
     config, profile = tmp_path / "run.toml", load_profile("h200-bf16")
-    config.write_text(dump_toml(compose_recipe("vlm", profile, sets=["tune.mode=full", "train.max_steps=9"]).value))
-    again = compose_recipe("vlm", profile, config=config)
-    assert (again.value.tune.mode, again.value.tune.rank, again.value.train.epochs) == ("full", 128, 1.0)
-    config.write_text('[tune]\nmode = "full"\nrank = 64\n')
-    with pytest.raises(UsageError, match=rf"^{config}: tune\.rank is for adapters, and tune\.mode is full; say --set"):
-        compose_recipe("vlm", profile, config=config)
+    config.write_text('[tune]\nmode = "full"\nrank = 64\n[train]\nepochs = 3.0\n')
+    again = compose_recipe("vlm", profile, config=config, sets=["train.max_steps=2"])
+    assert (again.value.tune.mode, again.value.tune.rank, again.value.train.epochs) == ("full", 64, 3.0)
     assert compose_recipe("vlm", profile, config=config, sets=["tune.mode=dora"]).value.tune.rank == 64
+    with pytest.raises(UsageError, match=r"^--set: tune\.rank is for adapters"):
+        compose_recipe("vlm", profile, config=config, sets=["tune.rank=64"])
 
 
 def test_epochs_are_refused_where_steps_are_counted():
@@ -98,6 +97,12 @@ def test_parts_to_freeze_may_be_typed_with_commas(tmp_path, capsys, monkeypatch)
         assert run(command) == 0
         learning.append(json.loads(capsys.readouterr().out)["trainable_parameters"])
     assert learning[0] == learning[1] < learning[2] < learning[3]
+
+
+def test_an_empty_text_is_no_list() -> None:
+    """A shell's variable that was never set."""
+    with pytest.raises(UsageError, match=r"tune\.targets = '': input should be a valid tuple, such as"):
+        compose_recipe("vlm", load_profile("h200-bf16"), sets=["tune.targets="])
 
 
 def test_the_notes_of_a_plan_are_sentences_of_their_own(tmp_path, capsys, monkeypatch) -> None:

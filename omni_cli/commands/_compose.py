@@ -1,7 +1,6 @@
 """From what the user typed to a profile and a recipe's settings; the heavy imports happen here, when a verb runs."""
 
 from collections.abc import Callable, Mapping, Sequence
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -67,38 +66,36 @@ def compose_recipe(
         is_to_measure: nothing is kept of what the recipe does; the weights of its model may be random.
 
     Raises:
-        UsageError: an unknown recipe, key, type or value, in one line; one that has no effect; or a model of random
-            weights, to be used.
+        UsageError: an unknown recipe, key, type or value, in one line; one of the command line that has no effect; or
+            a model of random weights, to be used.
     """
     schema, beneath = recipe_class(recipe_name), profile.recipe_layer(recipe_name)
-    typed = [_without(PIPELINE_TABLES, read_layer(config))] if config else []
-    typed += [_flag_layer(option, value) for option, value in (flags or {}).items() if value is not None]
+    files = [_without(PIPELINE_TABLES, read_layer(config))] if config else []
+    typed = [_flag_layer(option, value) for option, value in (flags or {}).items() if value is not None]
     typed += [override_layer(sets or [])]
-    resolved: Resolved[Any] = resolve(schema, [beneath, *typed])
-    _check_heeded(resolved, beneath, typed, config)
+    resolved: Resolved[Any] = resolve(schema, [beneath, *files, *typed])
+    _check_heeded(resolved, typed)
     if not is_to_measure:
         check_usable(resolved.value.model)
     return resolved
 
 
-def _check_heeded(resolved: Resolved[Any], beneath: Layer, typed: Sequence[Layer], config: Path | None) -> None:
+def _check_heeded(resolved: Resolved[Any], typed: Sequence[Layer]) -> None:
     """Refuse what the user typed and nothing heeds: an adapter's rank in full tuning would look obeyed.
+
+    A profile and a file serve several ways of training, and a run's own config.toml lists every key: either may hold
+    what one of them passes over.
 
     Args:
         resolved: the settings.
-        beneath: the profile's layer, which serves several ways of training and may hold what one of them passes over.
-        typed: the user's layers.
-        config: the user's file. It may repeat what stands without it, as a run's config.toml does.
+        typed: the layers of the command line.
 
     Raises:
         UsageError: a setting has no effect.
     """
     origins = {layer.origin for layer in typed}
-    idle = {key: why for key, why in unheeded(resolved.value) if resolved.origin_of(key) in origins}
-    bare = resolve(type(resolved.value), [beneath, *(layer.without(idle) for layer in typed)]).value if idle else None
-    for key, why in idle.items():
-        value, origin = attrgetter(key), resolved.origin_of(key)
-        if origin != str(config) or value(bare) != value(resolved.value):
+    for key, why in unheeded(resolved.value):
+        if (origin := resolved.origin_of(key)) in origins:
             raise UsageError(f"{origin}: {key} {why}")
 
 

@@ -24,7 +24,8 @@ def command(
 
     The base is loaded anew in full precision, never in 4 bit. The proof is on noise and windows of the run's shards,
     in float32, one model at a time: without a GPU that has the room, this takes about 3.4 times the bytes of a 16-bit
-    base's files in memory. Nothing is published unless all of this holds, in nats a token (KL, in the mean):
+    base's files in memory. Of a vision-language model nothing is published unless all of this holds, in nats a token
+    (KL, in the mean):
 
     1. Merged in memory, in float32, the adapter says what it said: within 2 % of how far it moves its base, at least
     1e-7 and at most 1e-6.

@@ -79,7 +79,10 @@ def in_words() -> Iterator[None]:
     try:
         yield
     except BackendCompilerFailed as error:
-        reason = str(error.inner_exception).strip().splitlines()[0]
+        inner = error.inner_exception
+        if isinstance(inner, torch.OutOfMemoryError | MemoryError):
+            raise inner from error
+        reason = next(iter(str(inner).strip().splitlines()), type(inner).__name__)
         raise CompilerFailed(
             f"train.compile = true: a layer could not be compiled ({reason}); a compiler that was killed leaves halves "
             f"of programs: delete {cache_dir()} and run the same command again, or leave train.compile at false"

@@ -34,7 +34,8 @@ def in_words(say: Callable[[str], str]) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if (what := _what_ran_out(error)) is None:
             raise
-        raise OmniError(say(what)) from None
+        wanted = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise OmniError(say(f"{what} ({wanted})")) from error
 
 
 def _what_ran_out(error: RuntimeError | MemoryError) -> str | None:

@@ -68,3 +68,10 @@ class DistillTrain(TrainSettings):
     warmup_steps: int = Field(24, ge=0)  # of a window, not learned from or measured: the memory is not yet full
     choice_weight: float = Field(10.0, ge=0)  # of which plan is taken: one number beside a likelihood that sums 66
     scene_weight: float = Field(0.5, ge=0)  # of lanes, edges and leads
+
+    @field_validator("gradient_checkpointing")
+    @classmethod
+    def _is_never_recomputed(cls, value: bool) -> bool:
+        if value:
+            raise ValueError("a driving net's layers cannot be recomputed; leave it at false")
+        return value

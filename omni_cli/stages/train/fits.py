@@ -7,12 +7,11 @@ import torch
 
 from omni_cli.errors import UsageError
 from omni_cli.profiles import Machine
+from omni_cli.recipe import Outlined
 from omni_cli.report import Console
 from omni_cli.stages.memory import GIB
 from omni_cli.stages.train.cut_forecast import CutMemory
 from omni_cli.stages.train.forecast import Memory
-
-SMALLER_SHARDS = "make a smaller --canvas or --window at etl"
 
 
 def check_fits(recipe: Any, memory: Memory | CutMemory, machine: Machine, profile: str) -> str:
@@ -65,13 +64,22 @@ def _hold(recipe: Any, memory: Memory | CutMemory, held_bytes: int, has: str, be
         return said
     less = [f"{setting} takes less" for setting in lighter(recipe)]
     ways = [*memory.remedies(recipe, held_bytes - beside_bytes), *less]
-    raise UsageError(f"{said}; {', or '.join(ways) or SMALLER_SHARDS}")
+    raise UsageError(f"{said}; {', or '.join(ways) or smaller_shards(recipe)}")
+
+
+def smaller_shards(recipe: Any) -> str:
+    """Say which shards would take less."""
+    flags = "--canvas or --window" if hasattr(recipe.sample, "canvas_px") else "--window"
+    return f"make a smaller {flags} at etl"
 
 
 def lighter(recipe: Any) -> list[str]:
     """Return the settings of a recipe with which any step of it takes less."""
     is_full, is_cut = recipe.tune.mode == "full", recipe.train.sharding != "none"
-    ways = [] if recipe.train.gradient_checkpointing else ["--set train.gradient_checkpointing=true"]
+    can_recompute = isinstance(recipe, Outlined)
+    ways = (
+        ["--set train.gradient_checkpointing=true"] if can_recompute and not recipe.train.gradient_checkpointing else []
+    )
     if getattr(recipe, "quantization", None) == "none" and not is_full:
         ways.append("--set quantization=nf4")
     if is_full:

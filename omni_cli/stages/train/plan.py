@@ -95,6 +95,8 @@ def check_memory(recipe: Any, request: TrainRequest, console: Console, processes
 def _foreseen(recipe: Any, processes: int, *, on_gpu: bool) -> Memory | CutMemory | None:
     """Return what a step takes on one process: at its peak, or at least where the model is cut; None: not known."""
     preprocess = recipe.preprocess()
+    if recipe.train.sharding != "none" and processes == 1:  # over how many it would be cut
+        return None
     return forecast_cut(recipe, preprocess, processes) or forecast(recipe, preprocess, on_gpu=on_gpu)
 
 

@@ -23,6 +23,7 @@ PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet-m
 _KEEPS_HERE = {"wandb": "WANDB_MODE=offline", "comet_ml": "COMET_START_ONLINE=0"}
 _COMET_MODES = ("get", "get_or_create", "create")
 _PATIENCE_S = 5.0  # for a session to end once a signal stopped the training: the scheduler kills soon
+_MORE_PATIENCE_S = 60.0  # once an error did
 _PROJECT = "huggingface"  # the Trainer's own callback for Weights & Biases says so where nobody names one
 
 _End = Callable[[int], object]  # ends a session, with the exit code that is shown of it
@@ -124,7 +125,7 @@ def _session(name: str, run: Run, console: Console) -> Iterator[None]:
         try:
             yield
         except BaseException as error:
-            _end(name, partial(end, 1), console, _PATIENCE_S if isinstance(error, Preempted) else None)
+            _end(name, partial(end, 1), console, _PATIENCE_S if isinstance(error, Preempted) else _MORE_PATIENCE_S)
             raise
         _end(name, partial(end, 0), console, None)
 
@@ -141,7 +142,10 @@ def _end(name: str, end: Callable[[], object], console: Console, patience_s: flo
 
     thread = Thread(target=run_it, daemon=True)
     thread.start()
-    thread.join(patience_s)
+    thread.join(_PATIENCE_S)
+    if thread.is_alive() and patience_s != _PATIENCE_S:
+        console.say(f"--report-to {name}: waiting for its session to end")
+        thread.join(patience_s)
     if thread.is_alive():
         console.warn(f"--report-to {name}: its session did not end within {patience_s:g} s; last curves may be lost")
     for error in failures:

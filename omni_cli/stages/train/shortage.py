@@ -9,7 +9,7 @@ from typing import Any
 from omni_cli import files
 from omni_cli.stages import checkpoints, runs
 from omni_cli.stages.out_of_memory import in_words
-from omni_cli.stages.train.fits import SMALLER_SHARDS, lighter
+from omni_cli.stages.train.fits import lighter, smaller_shards
 from omni_cli.stages.train.ranks import Ranks
 
 
@@ -53,7 +53,8 @@ class Shortage:
 
     def _less(self) -> str:
         ways = ", or ".join([*_smaller_batch(self.recipe), *lighter(self.recipe)])
-        return f"a run of another name takes less with {ways}; or {SMALLER_SHARDS}" if ways else SMALLER_SHARDS
+        smaller = smaller_shards(self.recipe)
+        return f"a run of another name takes less with {ways}; or {smaller}" if ways else smaller
 
 
 def moment(trainer: Any) -> str:

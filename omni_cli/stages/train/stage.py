@@ -82,9 +82,14 @@ def _named_folder(recipe: Any, request: TrainRequest) -> Path:
 
 def _planned(recipe: Any, request: TrainRequest, console: Console, ranks: Ranks) -> dict[str, Any]:
     _named_folder(recipe, request)
-    check_sharding(recipe, ranks.count)
     if ranks.count > 1:  # the processes are those that would train; one may plan for another machine
         check_runnable(recipe, ranks)
+    elif recipe.train.sharding != "none":
+        check_sharding(recipe, 2)  # or more: can it be cut at all
+        console.warn(
+            f"train.sharding = {recipe.train.sharding} needs several processes, which one alone can only plan for; "
+            "what each needs is said by: torchrun --nproc-per-node N -m -- omni_cli train --dry-run ..."
+        )
     return dry_run(recipe, request, console, ranks.count)
 
 
