@@ -37,6 +37,11 @@ def refused_by_machine(error: OSError, place: object = "a file") -> str | None:
     return f"{error.filename or place}: {str(error.strerror).lower()}; {remedy}" if remedy else None
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error of a library says, the name of its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 class OmniError(Exception):
     """Base of every error whose message is written for the user."""
 

@@ -21,7 +21,7 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from omni_cli.errors import OmniError, UsageError
+from omni_cli.errors import OmniError, UsageError, first_line
 from omni_cli.models import batched_vision, packing, quantised
 
 BACKEND = "inductor"
@@ -82,10 +82,10 @@ def in_words() -> Iterator[None]:
         inner = error.inner_exception
         if isinstance(inner, torch.OutOfMemoryError | MemoryError):
             raise inner from error
-        reason = next(iter(str(inner).strip().splitlines()), type(inner).__name__)
         raise CompilerFailed(
-            f"train.compile = true: a layer could not be compiled ({reason}); a compiler that was killed leaves halves "
-            f"of programs: delete {cache_dir()} and run the same command again, or leave train.compile at false"
+            f"train.compile = true: a layer could not be compiled ({first_line(inner)}); a compiler that was "
+            f"killed leaves halves of programs: delete {cache_dir()} and run the same command again, or leave "
+            "train.compile at false"
         ) from error
 
 
@@ -118,10 +118,9 @@ def _check_compiler(device: str) -> None:
     try:
         torch.compile(_doubled)(torch.zeros(2, device=device))
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
         raise UsageError(
-            f"train.compile = true: torch cannot compile here ({reason}); it needs a C++ compiler, on a GPU Triton "
-            "too; or leave it at false"
+            f"train.compile = true: torch cannot compile here ({first_line(error)}); it needs a C++ compiler, on a GPU "
+            "Triton too; or leave it at false"
         ) from None
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import psutil
 import torch
 
-from omni_cli.errors import OmniError
+from omni_cli.errors import OmniError, first_line
 from omni_cli.stages.memory import GIB, machine_bytes
 
 _ON_HOST = re.compile(r"DefaultCPUAllocator: (can't allocate|not enough) memory")
@@ -34,8 +34,7 @@ def in_words(say: Callable[[str], str]) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if (what := _what_ran_out(error)) is None:
             raise
-        wanted = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise OmniError(say(f"{what} ({wanted})")) from error
+        raise OmniError(say(f"{what} ({first_line(error)})")) from error
 
 
 def _what_ran_out(error: RuntimeError | MemoryError) -> str | None:

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 
 from omni_cli.config import nearest
-from omni_cli.errors import OmniError, Preempted, UsageError
+from omni_cli.errors import OmniError, Preempted, UsageError, first_line
 from omni_cli.report import Console
 from omni_cli.stages.runs import TENSORBOARD, Run
 from omni_cli.telemetry import installed_version
@@ -91,9 +91,9 @@ def _wandb(run: Run) -> Iterator[_End]:
         with _nobody_to_ask():
             session = wandb.init(project=os.environ.get("WANDB_PROJECT", _PROJECT), name=run.name)
     except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
-        raise UsageError(_refused("wandb", error)) from error
+        raise UsageError(_refused("wandb", first_line(error))) from error
     except wandb.errors.Error as error:
-        raise OmniError(_refused("wandb", error)) from error
+        raise OmniError(_refused("wandb", first_line(error))) from error
     yield lambda exit_code: session.finish(exit_code=exit_code)
 
 
@@ -107,7 +107,7 @@ def _comet(run: Run) -> Iterator[_End]:
     try:
         experiment = comet.start(mode=mode or None, experiment_config=comet.ExperimentConfig(name=run.name))
     except (ValueError, comet.exceptions.CometException) as error:
-        raise UsageError(_refused("comet_ml", error)) from error
+        raise UsageError(_refused("comet_ml", first_line(error))) from error
     if not experiment.alive:
         raise OmniError(_refused("comet_ml", "cannot be reached, or does not know the key"))
     # The callback would create another.
@@ -149,16 +149,11 @@ def _end(name: str, end: Callable[[], object], console: Console, patience_s: flo
     if thread.is_alive():
         console.warn(f"--report-to {name}: its session did not end within {patience_s:g} s; last curves may be lost")
     for error in failures:
-        console.warn(f"--report-to {name}: its session did not end well; last curves may be lost: {_line_of(error)}")
+        console.warn(f"--report-to {name}: its session did not end well; last curves may be lost: {first_line(error)}")
 
 
-def _refused(name: str, why: object) -> str:
-    return f"--report-to {name}: {_line_of(why)}; to keep its curves on this machine set {_KEEPS_HERE[name]}"
-
-
-def _line_of(error: object) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(" .")
+def _refused(name: str, why: str) -> str:
+    return f"--report-to {name}: {why.rstrip(' .')}; to keep its curves on this machine set {_KEEPS_HERE[name]}"
 
 
 @contextmanager
